@@ -1,0 +1,240 @@
+"""Text -> boxes -> evidence: what happens between the two roles. Pillow only.
+
+The Perceiver answers with text. This module turns the text into boxes, the boxes into what the
+Reasoner is shown (an annotated copy of the image and up to three enlarged crops), and all of it
+into one picture for people. Paper: arXiv 2607.01191, "Evidence" step of the inference pipeline.
+
+Coordinates come in two kinds and never mix:
+    a *Box*  lives in 0..1000 on both axes, relative to width and height (the Qwen convention);
+    a *rect* lives in pixels of the original image: (left, top, right, bottom), right/bottom open.
+The model's text is data: it is never evaluated, and no pattern here backtracks.
+"""
+
+import json
+import math
+import re
+from typing import NamedTuple
+
+from PIL import Image, ImageDraw, ImageFont
+
+MAX_CROPS = 3          # every box is drawn, only the first three are cropped (paper)
+PAD_SHARE = 0.10       # a crop grows by 10 % of the image's size on each side ...
+PAD_PIXELS = 600       # ... but by at most this many pixels (paper)
+MAX_IOU = 0.5          # two boxes that overlap more than this void a perception rollout (paper)
+COLOURS = {"red": "#ff0000", "green": "#00c800", "blue": "#0060ff", "orange": "#ff9000",
+           "purple": "#a000ff", "cyan": "#00c8dc"}  # one per box, red first, then round again
+PLACEHOLDER = "what is inside"  # the label of the example in the Perceiver's prompt; a copy earns 0
+
+
+class Box(NamedTuple):
+    """One region, 0..1000 on both axes, x1 < x2 and y1 < y2."""
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+    label: str = ""
+
+
+class Parsed(NamedTuple):
+    """What was read from one Perceiver output."""
+    boxes: list            # the usable boxes, in the model's order
+    parsable: bool         # False: neither a usable box nor an explicit `[]` was found
+    dropped: int           # JSON objects that looked like boxes but were not usable
+
+
+# ---------------------------------------------------------------------------------------------
+# Text -> boxes
+
+
+def parse_boxes(text):
+    """Read the Perceiver's boxes from its text.
+
+    A box is a flat JSON object, so every innermost {...} is read on its own. That one idea covers
+    code fences, prose around the list, wrappers such as {"objects": [...]}, a stray brace and a
+    list that was cut off by the token limit, in time linear in the text.
+
+    Returns a Parsed. Never raises: whatever the text is, it is an answer of the model.
+
+    >>> parse_boxes('[{"bbox_2d": [10, 20, 300, 400], "label": "sign"}]').boxes
+    [Box(x1=10.0, y1=20.0, x2=300.0, y2=400.0, label='sign')]
+    >>> parse_boxes("[]"), parse_boxes("I see a sign.")
+    (Parsed(boxes=[], parsable=True, dropped=0), Parsed(boxes=[], parsable=False, dropped=0))
+    """
+    boxes, dropped = [], 0
+    for found in re.findall(r"\{[^{}]*\}", text):
+        box = _read_box(found)
+        if box is None:
+            dropped += 1
+        else:
+            boxes.append(box)
+    empty_list = not boxes and not dropped and re.search(r"\[\s*\]", text) is not None
+    return Parsed(boxes, bool(boxes) or empty_list, dropped)
+
+
+def _read_box(text):
+    """One {...} -> Box, or None where it holds no four usable numbers."""
+    fields = _loads(text) or _loads(text.replace("'", '"'))  # Python-style quotes are common
+    if not fields:
+        return None
+    value = next((fields[key] for key in ("bbox_2d", "bbox", "box_2d", "box") if key in fields), None)
+    if isinstance(value, list) and len(value) == 1:  # [[x1, y1, x2, y2]]
+        value = value[0]
+    if not isinstance(value, list) or len(value) != 4:  # null, an integer, nine numbers of a 3-D box
+        return None
+    numbers = [_number(v) for v in value]
+    if None in numbers:
+        return None
+    x1, y1, x2, y2 = (min(max(n, 0.0), 1000.0) for n in numbers)
+    (x1, x2), (y1, y2) = sorted((x1, x2)), sorted((y1, y2))  # inverted corners mean the same region
+    if x1 == x2 or y1 == y2:  # no area, or wholly outside the image
+        return None
+    label = fields.get("label", "")
+    return Box(x1, y1, x2, y2, label.strip() if isinstance(label, str) else str(label))
+
+
+def _loads(text):
+    """A JSON object as a dict, or None."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _number(value):
+    """A finite float from a JSON number or a numeric string, else None. Booleans are no numbers."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def iou(a, b):
+    """Intersection over union of two boxes (or two rects), 0..1."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    shared = width * height
+    return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
+
+
+def violation(boxes):
+    """Why these boxes void a perception rollout: "label", "overlap" or None (paper, reward rule).
+
+    The rule keeps the Perceiver from winning by repeating one region or by copying the example.
+    """
+    if any(box.label.lower() in ("", PLACEHOLDER, "label") for box in boxes):
+        return "label"
+    if any(iou(a, b) > MAX_IOU for i, a in enumerate(boxes) for b in boxes[:i]):
+        return "overlap"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------
+# Boxes -> evidence
+
+
+def to_rect(box, size):
+    """A Box -> pixels of an image of size (width, height): inside it, at least 1 x 1."""
+    width, height = size
+    left = min(int(box[0] / 1000 * width), width - 1)
+    top = min(int(box[1] / 1000 * height), height - 1)
+    right = min(max(math.ceil(box[2] / 1000 * width), left + 1), width)
+    bottom = min(max(math.ceil(box[3] / 1000 * height), top + 1), height)
+    return left, top, right, bottom
+
+
+def padded(rect, size):
+    """A rect with context around it: min(10 % of that dimension, 600 px) on each side (paper)."""
+    pad_x = min(int(size[0] * PAD_SHARE), PAD_PIXELS)
+    pad_y = min(int(size[1] * PAD_SHARE), PAD_PIXELS)
+    return (max(rect[0] - pad_x, 0), max(rect[1] - pad_y, 0),
+            min(rect[2] + pad_x, size[0]), min(rect[3] + pad_y, size[1]))
+
+
+def gather(image, boxes):
+    """The evidence: (annotated copy of the image, list of at most three crops).
+
+    Boxes are drawn on, and crops are cut from, the *original* resolution: the detail is still
+    there, it is only the model's view of the whole image that is too coarse for it. Crops are cut
+    before anything is drawn. Without boxes the annotated copy is the image itself.
+    """
+    rects = [to_rect(box, image.size) for box in boxes]
+    crops = [image.crop(padded(rect, image.size)) for rect in rects[:MAX_CROPS]]
+    if not rects:
+        return image, crops
+    annotated = image.copy()
+    draw = ImageDraw.Draw(annotated)
+    line = max(3, round(0.003 * image.width))
+    for rect, colour in zip(rects, _cycle(len(rects))):
+        # Pillow's rectangle includes its right and bottom edge.
+        draw.rectangle((rect[0], rect[1], rect[2] - 1, rect[3] - 1), outline=colour, width=line)
+    return annotated, crops
+
+
+def _cycle(count):
+    colours = list(COLOURS.values())
+    return [colours[i % len(colours)] for i in range(count)]
+
+
+# ---------------------------------------------------------------------------------------------
+# Evidence -> one picture for people
+
+
+def picture(image, boxes, question, texts, width=1200):
+    """One image that tells the whole story: annotated image, numbered crops, question, texts.
+
+    image: the original (RGB). boxes: list of Box. texts: list of (title, text) written below, such
+    as ("perceiver", "[...]"). Returns an RGB image `width` pixels wide; its height follows.
+    """
+    annotated, crops = gather(image, boxes)
+    gap, font = 20, ImageFont.load_default(20)
+    column = (width - 3 * gap) // 3 if crops else 0   # the crops' column on the right
+    left_width = width - 2 * gap - (column + gap if crops else 0)
+    main = _fit(annotated, left_width, 700)
+    tiles = [_fit(crop, column, (max(main.height, 450) - (len(crops) - 1) * gap) // len(crops))
+             for crop in crops]
+    text_lines = _wrap([("question", question), *texts], font, width - 2 * gap)
+    line_height = 28
+    top = max([main.height, sum(t.height + gap for t in tiles) - gap]) + 2 * gap
+    page = Image.new("RGB", (width, top + line_height * len(text_lines) + gap), "white")
+    page.paste(main, (gap, gap))
+    draw, y = ImageDraw.Draw(page), gap
+    for number, (tile, colour) in enumerate(zip(tiles, _cycle(len(tiles))), start=1):
+        x = width - gap - column
+        page.paste(tile, (x, y))
+        draw.rectangle((x, y, x + tile.width - 1, y + tile.height - 1), outline=colour, width=4)
+        draw.rectangle((x, y, x + 26, y + 28), fill=colour)
+        draw.text((x + 8, y + 2), str(number), fill="white", font=font)
+        y += tile.height + gap
+    for row, (title, line) in enumerate(text_lines):
+        draw.text((gap, top + row * line_height), title, fill="#888888", font=font)
+        draw.text((gap + 130, top + row * line_height), line, fill="black", font=font)
+    return page
+
+
+def _fit(image, width, height):
+    """Scale an image, up or down, to fit into width x height; never to nothing."""
+    scale = min(width / image.width, height / image.height)
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def _wrap(texts, font, width):
+    """[(title, text)] -> [(title or "", line)], each line at most `width` - 130 px wide."""
+    lines = []
+    for title, text in texts:
+        for paragraph in text.split("\n"):
+            line = ""
+            for word in re.findall(r"\S{1,60}\s*|\s+", paragraph) or [""]:
+                if line and font.getlength(line + word) > width - 130:
+                    lines.append((title, line))
+                    title, line = "", ""
+                line += word
+            lines.append((title, line))
+            title = ""
+    return lines

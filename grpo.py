@@ -1,0 +1,216 @@
+"""GRPO on groups that share a prompt: advantages, log-probs, loss, optimizer. Tensors in, tensors out.
+
+Paper: arXiv 2607.01191 (PRA-GRPO). GRPO is from DeepSeekMath (arXiv 2402.03300), its clip from PPO
+(arXiv 1707.06347), the k3 estimator of the KL from http://joschu.net/blog/kl-approx.html.
+
+The one idea here that is not in the papers is *one group, one row*: the G responses of a group share
+a prompt of thousands of visual tokens, so that prompt is encoded once, and the responses follow it,
+
+    [ prompt | response 1 | response 2 | ... | response G ]
+
+each attending to the prompt and to itself, each starting at the same position. The result equals G
+separate forwards (tests/test_grpo.py checks it); it just costs P + G R tokens, not G (P + R).
+
+Shapes: Q questions, G samples a group, P prompt tokens, R response tokens, V vocabulary.
+T = the sum of a group's R, so every per-token tensor of a group is one flat (T,).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+# ---------------------------------------------------------------------------------------------
+# The algorithm: pure functions
+
+
+def group_advantages(rewards, eps=1e-6):
+    """A = (r - mean) / (std + eps) inside each group (GRPO; unbiased std, eps as in the paper).
+
+    rewards: (Q, G) with G >= 2. Returns (Q, G) float32; a group of equal rewards gives exactly 0,
+    also where the float mean of equal numbers is off by a rounding error.
+    Raises ValueError for G < 2: one sample has nothing to be compared with.
+    """
+    if rewards.shape[1] < 2:
+        raise ValueError(f"a group of {rewards.shape[1]} has no advantage: GRPO needs at least 2 samples")
+    rewards = rewards.double()
+    centred = rewards - rewards.mean(dim=1, keepdim=True)                       # (Q, G)
+    scaled = centred / (rewards.std(dim=1, keepdim=True) + eps)                 # (Q, G)
+    return scaled.masked_fill(equal_groups(rewards)[:, None], 0.0).float()
+
+
+def equal_groups(rewards):
+    """(Q,) True where all samples of a group earned the same: no policy gradient comes from it."""
+    return (rewards == rewards[:, :1]).all(dim=1)
+
+
+def k3(logp, ref_logp):
+    """Per-token estimate of KL(policy || reference): exp(d) - d - 1, d = ref - policy (k3).
+
+    Unbiased, never negative, low in variance. The clamps are the authors' guard against overflow.
+    """
+    d = (ref_logp - logp).clamp(-20, 20)
+    return (d.exp() - d - 1).clamp(-10, 10)
+
+
+def grpo_loss(logp, old_logp, ref_logp, advantage, kl, clip, tokens):
+    """The part of the batch's loss that comes from these tokens; parts simply add up.
+
+    All of (T,) except the numbers: logp carries the gradient, old_logp is the policy that sampled,
+    ref_logp the reference, advantage that of each token's response. kl: coefficient. clip: 0.2.
+    tokens: the response tokens of the *whole batch*, fixed before the first part, so neither the
+    order nor the split of the groups changes the gradient, and long answers weigh what they say.
+    """
+    ratio = (logp - old_logp).exp()                                             # 1 at the first update
+    gain = torch.min(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+    return (kl * k3(logp, ref_logp) - gain).sum() / tokens
+
+
+# ---------------------------------------------------------------------------------------------
+# One group, one row
+
+
+@dataclass
+class Row:
+    """A prompt and its G responses as one sequence of length L = P + T."""
+    ids: torch.Tensor        # (1, L)
+    positions: torch.Tensor  # (3, 1, L) every response restarts right after the prompt
+    mask: torch.Tensor       # (1, 1, L, L) True where a token may look
+    pixels: torch.Tensor     # (patches, ...)
+    grids: torch.Tensor      # (images, 3)
+    predictors: torch.Tensor  # (T,) where in the row each response token is predicted
+    targets: torch.Tensor    # (T,) the response tokens, response after response
+    lengths: list            # R of each response
+
+
+def pack(prompt, responses, device="cpu"):
+    """A rollout.Prompt and G response id tensors, each (R,), -> Row on `device`.
+
+    Raises ValueError for an empty response: the sampler never makes one.
+    """
+    lengths = [len(r) for r in responses]
+    if not lengths or min(lengths) == 0:
+        raise ValueError(f"cannot train on responses of lengths {lengths}: each needs at least one token")
+    P, targets = len(prompt.ids), torch.cat(list(responses))                    # (T,)
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))  # (T,) which response
+    offset = torch.cat([torch.arange(n) for n in lengths])                      # (T,) 0 .. R-1 inside it
+    positions = torch.cat([prompt.positions, (prompt.positions.max() + 1 + offset).expand(3, -1)], dim=1)
+    # The *last prompt token* predicts the first token of every response; then each predicts the next.
+    predictors = torch.where(offset == 0, P - 1, P - 1 + torch.arange(len(targets)))  # (T,)
+    return Row(torch.cat([prompt.ids, targets])[None].to(device), positions[:, None].to(device),
+               group_mask(P, owner.to(device)), prompt.pixels.to(device), prompt.grids.to(device),
+               predictors.to(device), targets.to(device), lengths)
+
+
+def group_mask(P, owner):
+    """(1, 1, L, L) bool: causal, and a response token sees no other response. owner: (T,)."""
+    group = torch.cat([owner.new_full((P,), -1), owner])                        # (L,) -1 = prompt
+    causal = torch.ones(len(group), len(group), dtype=torch.bool, device=owner.device).tril()
+    return (causal & ((group[None, :] == -1) | (group[None, :] == group[:, None])))[None, None]
+
+
+def response_logprobs(model, row, banned, chunk=512):
+    """Log-probs of all response tokens of one Row under `model`.
+
+    Returns (logp (T,) float32 with gradient, entropy (T,) without). The (T, V) logits exist only
+    `chunk` tokens at a time, in the forward and again in the backward pass: at T = 8192 and Qwen's
+    vocabulary all of them would be 4.6 GiB. `banned` ids are excluded just as in sampling.
+    """
+    hidden = model.model(input_ids=row.ids, position_ids=row.positions, attention_mask=row.mask,
+                         pixel_values=row.pixels, image_grid_thw=row.grids, use_cache=False).last_hidden_state
+    hidden = hidden[0, row.predictors]                                          # (T, hidden size)
+    banned = banned.to(hidden.device)
+
+    def score(h, target):
+        logits = model.lm_head(h).float().index_fill(-1, banned, float("-inf"))  # (chunk, V)
+        logps = logits.log_softmax(-1)
+        with torch.no_grad():
+            entropy = torch.special.entr(logps.exp()).sum(-1)                   # entr(0) = 0: no inf * 0
+        return logps.gather(1, target[:, None])[:, 0], entropy
+
+    parts = [checkpoint(score, h, t, use_reentrant=False)
+             for h, t in zip(hidden.split(chunk), row.targets.split(chunk))]
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+# ---------------------------------------------------------------------------------------------
+# The optimizer
+
+
+class MasterAdamW:
+    """AdamW on float32 master copies of a model's parameters.
+
+    A step of 1e-6 on a bf16 weight of 0.01 rounds to nothing: bf16 has eight bits of mantissa.
+    So the model computes in bf16 while masters, moments and the summed gradients are float32.
+    Every .grad is added to its master's the moment it is complete and then freed, so there is one
+    full-size gradient buffer and summing over many groups loses nothing.
+    """
+
+    def __init__(self, model, lr, betas=(0.9, 0.999), weight_decay=0.01):
+        self.params = [p for p in model.parameters() if p.requires_grad]
+        self.masters = [p.detach().clone().float() for p in self.params]
+        self.settings = {"lr": lr, "betas": betas, "weight_decay": weight_decay,
+                         "fused": self.params[0].is_cuda}
+        self.reset()
+        for param, master in zip(self.params, self.masters):
+            param.register_post_accumulate_grad_hook(self._collector(master))
+
+    @staticmethod
+    def _collector(master):
+        def collect(param):
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+            master.grad.add_(param.grad)
+            param.grad = None
+        return collect
+
+    def reset(self):
+        """Forget the moments: each phase of the paper is a launch of its own. Weights stay."""
+        self.adam = torch.optim.AdamW(self.masters, **self.settings)
+
+    @torch.no_grad()
+    def step(self, max_norm):
+        """Clip the gradient to `max_norm`, update masters, then weights. Returns the norm before."""
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, max_norm)
+        self.adam.step()
+        self.adam.zero_grad()
+        for param, master in zip(self.params, self.masters):
+            param.copy_(master)  # rounds to the compute type
+        return norm.item()
+
+
+def update_batch(policy, reference, optimizer, groups, advantages, *, banned, kl, clip, max_norm, updates=1):
+    """The GRPO update on one batch: every group forward and backward, then one optimizer step.
+
+    groups: rollout.Group list of length Q. advantages: (Q, G). Memory is that of a single group:
+    their gradients are summed. With `updates` = 1 (the paper) the old policy *is* the current one,
+    so its log-probs need no forward of their own, the ratio is 1 and the clip never acts.
+    Returns the averages over all response tokens of the last pass: loss, kl, entropy, grad_norm,
+    clip_fraction, and of the first: sampler_gap (mean |sampler's - trainer's log-prob|).
+    """
+    tokens = sum(len(c.ids) for g in groups for c in g.completions)  # fixed before the loop
+    old, gap = {}, 0.0
+    policy.train()  # activation checkpointing; Qwen3-VL has no dropout
+    for _ in range(updates):
+        sums = dict.fromkeys(("loss", "kl", "entropy", "clip_fraction"), 0.0)
+        for q, group in enumerate(groups):
+            row = pack(group.prompt, [c.ids for c in group.completions], policy.device)
+            advantage = torch.repeat_interleave(advantages[q], torch.tensor(row.lengths)).to(policy.device)  # (T,)
+            with torch.no_grad():
+                ref_logp, _ = response_logprobs(reference, row, banned)
+            logp, entropy = response_logprobs(policy, row, banned)
+            if q not in old:
+                old[q] = logp.detach()
+                sampled = torch.cat([c.logps for c in group.completions]).to(logp.device)
+                gap += (sampled - old[q]).abs().sum().item()
+            loss = grpo_loss(logp, old[q], ref_logp, advantage, kl, clip, tokens)
+            loss.backward()
+            with torch.no_grad():
+                sums["loss"] += loss.item()
+                sums["kl"] += k3(logp, ref_logp).sum().item() / tokens
+                sums["entropy"] += entropy.sum().item() / tokens
+                outside = ((logp - old[q]).exp() - 1).abs() > clip
+                sums["clip_fraction"] += outside.sum().item() / tokens
+        sums["grad_norm"] = optimizer.step(max_norm)
+    return sums | {"sampler_gap": gap / tokens}

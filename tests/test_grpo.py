@@ -1,0 +1,279 @@
+"""grpo.py against hand-computed numbers, one-by-one forwards of the library, and torch's own AdamW."""
+
+import math
+
+import pytest
+import torch
+from conftest import prompts_of
+from transformers import Qwen3VLForConditionalGeneration
+
+from grpo import MasterAdamW, group_advantages, grpo_loss, k3, pack, response_logprobs, update_batch
+from rollout import sample
+
+
+def tensor(*values):
+    return torch.tensor(values)
+
+
+# --- advantages
+
+
+def test_advantages_by_hand():
+    """Rewards 1, 0, 0, 1: mean 0.5, unbiased std sqrt(1/3), so +-0.8660; and 1, 0: +-0.5 / 0.7071."""
+    assert torch.allclose(group_advantages(tensor([1.0, 0, 0, 1], [1, 1, 1, 0])),
+                          tensor([0.86602, -0.86602, -0.86602, 0.86602], [0.5, 0.5, 0.5, -1.5]), atol=1e-4)
+    assert torch.allclose(group_advantages(tensor([1.0, 0])), tensor([0.70711, -0.70711]), atol=1e-5)
+
+
+def test_equal_rewards_give_exactly_zero():
+    """In float32 the mean of twelve 1.1 is not 1.1, and a tiny eps would blow the difference up."""
+    assert group_advantages(torch.full((1, 12), 1.1)).eq(0).all()
+    assert group_advantages(torch.zeros(2, 8)).eq(0).all()
+
+
+def test_groups_are_not_mixed_up():
+    rewards = torch.arange(12.0).view(3, 4) ** 2
+    advantages = group_advantages(rewards)
+    assert torch.allclose(advantages.sum(dim=1), torch.zeros(3), atol=1e-5)
+    for q in range(3):
+        assert torch.allclose(advantages[q], group_advantages(rewards[q:q + 1])[0])
+
+
+def test_a_group_of_one_is_refused():
+    with pytest.raises(ValueError, match="at least 2"):
+        group_advantages(torch.ones(3, 1))
+
+
+# --- the loss
+
+
+def test_k3_by_hand():
+    assert k3(tensor(-1.0), tensor(-1.0)) == 0
+    assert k3(tensor(-2.0), tensor(-1.0)).item() == pytest.approx(math.e - 2)           # d = 1
+    assert k3(tensor(-1.0), tensor(-2.0)).item() == pytest.approx(1 / math.e)           # d = -1
+    assert k3(tensor(-90.0), tensor(-1.0)).item() == 10 and k3(tensor(-1.0), tensor(-90.0)).item() == 10
+
+
+def test_the_gradient_at_ratio_one_is_reinforce():
+    """d loss / d logp = -A / tokens for every token, of long and of short responses alike."""
+    logp = tensor(-1.0, -2.0, -3.0, -0.5, -0.1).requires_grad_()
+    advantage = tensor(2.0, 2.0, 2.0, 2.0, -1.0)                                        # four tokens, then one
+    loss = grpo_loss(logp, logp.detach(), logp.detach(), advantage, kl=0.5, clip=0.2, tokens=10)
+    loss.backward()
+    assert loss.item() == pytest.approx(-0.7)                                           # -(4 * 2 - 1) / 10
+    assert torch.allclose(logp.grad, -advantage / 10)                                   # the KL's is 0 where ref = policy
+
+
+def test_the_loss_with_clip_and_kl_by_hand():
+    """Ratios 1.5 and 0.5 with both signs of the advantage. PPO keeps the worse of the two sides."""
+    old, ref = torch.zeros(4), torch.zeros(4)
+    logp = tensor(1.5, 1.5, 0.5, 0.5).log().requires_grad_()
+    advantage = tensor(1.0, -1.0, 1.0, -1.0)
+    # gain: min(1.5, 1.2) = 1.2; min(-1.5, -1.2) = -1.5; min(0.5, 0.8) = 0.5; min(-0.5, -0.8) = -0.8
+    # k3 with d = -log ratio: 1/1.5 + log 1.5 - 1 = 0.0721318 twice; 1/0.5 + log 0.5 - 1 = 0.3068528 twice
+    loss = grpo_loss(logp, old, ref, advantage, kl=0.1, clip=0.2, tokens=4)
+    assert loss.item() == pytest.approx((0.6 + 0.1 * 2 * (0.0721318 + 0.3068528)) / 4, abs=1e-6)
+    loss = grpo_loss(logp, old, ref, advantage, kl=0.0, clip=0.2, tokens=4)
+    loss.backward()
+    assert torch.allclose(logp.grad, tensor(0.0, 1.5, -0.5, 0.0) / 4, atol=1e-6)        # clipped tokens push no further
+
+
+def test_parts_of_a_batch_add_up():
+    torch.manual_seed(0)
+    logp, old, ref, advantage = torch.randn(4, 30).unbind()
+    whole = grpo_loss(logp, old, ref, advantage, 0.1, 0.2, tokens=30)
+    parts = sum(grpo_loss(*(t[part] for t in (logp, old, ref, advantage)), 0.1, 0.2, tokens=30)
+                for part in (slice(0, 7), slice(7, 8), slice(8, 30)))
+    assert torch.allclose(whole, parts, atol=1e-6)
+
+
+# --- one group, one row
+
+
+def responses_of(model, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 256, (n,), generator=g) for n in (5, 1, 9, 5)]
+
+
+def one_by_one(model, codec, prompt, responses):
+    """The oracle: every response behind its own prompt, positions from the library, full logits."""
+    logps = []
+    for response in responses:
+        ids = torch.cat([prompt.ids, response])[None]
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=prompt.pixels,
+                       image_grid_thw=prompt.grids, mm_token_type_ids=(ids == codec.image_token_id).int()).logits
+        logits = logits[0, len(prompt.ids) - 1:-1].clone()
+        logits[:, codec.banned] = float("-inf")
+        logps.append(torch.log_softmax(logits, -1)[range(len(response)), response])
+    return torch.cat(logps)
+
+
+@pytest.mark.parametrize("crops", [0, 1, 3])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_packed_row_is_the_same_function_as_separate_forwards(tiny, crops, checkpointing):
+    model, codec = tiny
+    prompt = prompts_of(codec)[{0: 0, 1: 1, 3: 2}[crops]]
+    assert len(prompt.grids) == crops + 1
+    responses = responses_of(model)
+    weights = torch.randn(20, generator=torch.Generator().manual_seed(1))
+    expected = one_by_one(model, codec, prompt, responses)
+    (expected * weights).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    if checkpointing:
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
+        model.train()
+    logp, entropy = response_logprobs(model, pack(prompt, responses), codec.banned, chunk=7)
+    assert torch.allclose(logp, expected, atol=1e-5)
+    (logp * weights).sum().backward()
+    for name, p in model.named_parameters():
+        assert (p.grad - gradients[name]).norm() <= 1e-4 * gradients[name].norm() + 1e-7, name
+        assert gradients[name].norm() > 0, name                                         # the vision tower trains too
+    assert not entropy.requires_grad
+
+
+def test_the_entropy_is_that_of_the_full_distribution(tiny):
+    model, codec = tiny
+    model.lm_head.weight.data.zero_()
+    prompt = prompts_of(codec)[0]
+    _, entropy = response_logprobs(model, pack(prompt, responses_of(model)), codec.banned)
+    assert torch.allclose(entropy, tensor(math.log(model.config.text_config.vocab_size - 4)).expand(20))
+
+
+def test_log_probs_at_sampling_are_those_of_training(tiny):
+    model, codec = tiny
+    for group in sample(model, codec, prompts_of(codec), group=4, max_tokens=10, batch=3, generator=torch.Generator().manual_seed(0)):
+        logp, _ = response_logprobs(model, pack(group.prompt, [c.ids for c in group.completions]), codec.banned)
+        assert torch.allclose(logp, torch.cat([c.logps for c in group.completions]), atol=1e-5)
+
+
+def test_packing_leaves_the_prompt_alone_and_refuses_empty_responses(tiny):
+    _, codec = tiny
+    prompt = prompts_of(codec)[1]
+    before = prompt.ids.clone(), prompt.positions.clone()
+    row = pack(prompt, [torch.tensor([1, 2]), torch.tensor([3])])
+    row.ids.zero_(), row.positions.zero_()
+    assert torch.equal(prompt.ids, before[0]) and torch.equal(prompt.positions, before[1])
+    with pytest.raises(ValueError, match="at least one token"):
+        pack(prompt, [torch.tensor([1]), torch.tensor([], dtype=torch.long)])
+
+
+# --- the update
+
+
+class Recorder:
+    """Stands in for the optimizer: keeps the summed gradient of every parameter."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def step(self, max_norm):
+        self.gradients = {n: p.grad.clone() for n, p in self.model.named_parameters()}
+        self.model.zero_grad()
+        return 0.0
+
+
+def test_the_gradient_does_not_depend_on_order_or_split(tiny, folder):
+    """The divisor is the token count of the whole batch: three groups in any order, or each alone
+    scaled to that count, give one gradient."""
+    model, codec = tiny
+    reference = Qwen3VLForConditionalGeneration.from_pretrained(folder).eval()
+    reference.lm_head.weight.data.mul_(1.1)                                             # so that the KL matters
+    groups = list(sample(model, codec, prompts_of(codec), group=4, max_tokens=7, batch=3, generator=torch.Generator().manual_seed(0)))
+    advantages = group_advantages(torch.tensor([[1.0, 0, 0, 0], [0, 1, 1, 0], [3, 2, 1, 0]]))
+    tokens = [sum(len(c.ids) for c in g.completions) for g in groups]
+
+    def gradient(order):
+        recorder = Recorder(model)
+        metrics = update_batch(model, reference, recorder, [groups[q] for q in order], advantages[list(order)],
+                               banned=codec.banned, kl=0.5, clip=0.2, max_norm=1.0)
+        return recorder.gradients, metrics
+
+    whole, metrics = gradient((0, 1, 2))
+    permuted, again = gradient((2, 0, 1))
+    alone = [gradient((q,))[0] for q in range(3)]
+    for name, expected in whole.items():
+        summed = sum(alone[q][name] * tokens[q] / sum(tokens) for q in range(3))
+        for other in (permuted[name], summed):
+            assert (other - expected).norm() <= 1e-4 * expected.norm() + 1e-8, name
+    assert metrics["kl"] > 0 and metrics["kl"] == pytest.approx(again["kl"], rel=1e-4)
+    assert metrics["sampler_gap"] < 1e-5 and metrics["clip_fraction"] == 0
+
+
+def test_more_updates_move_the_ratio_off_one(tiny, folder):
+    model, codec = tiny
+    groups = list(sample(model, codec, prompts_of(codec), group=4, max_tokens=7, batch=3, generator=torch.Generator().manual_seed(0)))
+    metrics = update_batch(model, load_again(folder), MasterAdamW(model, lr=3e-2), groups, torch.tensor([[1.0, -1, 1, -1]] * 3),
+                           banned=codec.banned, kl=0.0, clip=0.2, max_norm=1.0, updates=2)
+    assert metrics["clip_fraction"] > 0
+
+
+def load_again(folder):
+    return Qwen3VLForConditionalGeneration.from_pretrained(folder).eval()
+
+
+def test_the_kl_pulls_back_to_the_reference(tiny, folder):
+    """No advantage, only KL: a policy that was moved away comes back on the sampled tokens."""
+    model, codec = tiny
+    reference = load_again(folder)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in model.model.language_model.layers.parameters():
+            p.add_(torch.randn_like(p) * 0.02)
+    groups = list(sample(model, codec, prompts_of(codec), group=4, max_tokens=8, batch=3, generator=torch.Generator().manual_seed(0)))
+    optimizer = MasterAdamW(model, lr=1e-4)
+    kls = [update_batch(model, reference, optimizer, groups, torch.zeros(3, 4), banned=codec.banned, kl=1.0, clip=0.2,
+                        max_norm=1.0)["kl"] for _ in range(8)]
+    assert 0 < kls[-1] < 0.7 * kls[0]
+
+
+# --- the optimizer
+
+
+def test_masters_let_a_bf16_weight_move_by_steps_of_1e_6():
+    """0.01 in bf16 has steps of 6e-5: plain bf16 AdamW never leaves it, masters do after some 60 steps."""
+    model, plain = (torch.nn.Linear(8, 8, bias=False).bfloat16() for _ in range(2))
+    for m in (model, plain):
+        m.weight.data.fill_(0.01)
+    before = model.weight.detach().clone()
+    optimizer = MasterAdamW(model, lr=1e-6, weight_decay=0.0)
+    naive = torch.optim.AdamW(plain.parameters(), lr=1e-6, weight_decay=0.0)
+    x = torch.ones(1, 8, dtype=torch.bfloat16)
+    for step in range(100):
+        model(x).sum().backward()
+        optimizer.step(max_norm=1e9)
+        plain(x).sum().backward()
+        naive.step(), naive.zero_grad()
+        if step == 9:
+            assert torch.equal(model.weight, before)                                    # masters moved, bf16 not yet
+            assert torch.allclose(optimizer.masters[0], before.float() - 1e-5, atol=1e-7)
+    assert torch.equal(plain.weight, before)
+    assert (model.weight < before).all()
+
+
+def test_in_float32_it_is_torchs_own_adamw():
+    """Same weights after five steps as torch.optim.AdamW with clip_grad_norm_, gradients summed over two backwards."""
+    torch.manual_seed(0)
+    mine, theirs = torch.nn.Linear(6, 3), torch.nn.Linear(6, 3)
+    theirs.load_state_dict(mine.state_dict())
+    optimizer, oracle = MasterAdamW(mine, lr=1e-2), torch.optim.AdamW(theirs.parameters(), lr=1e-2, betas=(0.9, 0.999), weight_decay=0.01)
+    for _ in range(5):
+        batches = torch.randn(2, 4, 6)
+        for x in batches:
+            mine(x).pow(2).sum().backward()
+        (theirs(batches[0]).pow(2).sum() + theirs(batches[1]).pow(2).sum()).backward()
+        norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        assert optimizer.step(1.0) == pytest.approx(norm.item(), rel=1e-5)
+        oracle.step(), oracle.zero_grad()
+    assert torch.allclose(mine.weight, theirs.weight, atol=1e-6) and mine.weight.grad is None
+
+
+def test_reset_forgets_the_moments_and_keeps_the_weights():
+    model = torch.nn.Linear(2, 2)
+    optimizer = MasterAdamW(model, lr=1e-2)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step(1.0)
+    moved = model.weight.detach().clone()
+    assert len(optimizer.adam.state) == 2
+    optimizer.reset()
+    assert len(optimizer.adam.state) == 0 and torch.equal(model.weight, moved)
