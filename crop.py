@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 MAX_CROPS = 3          # every box is drawn, only the first three are cropped (paper)
 PAD_SHARE = 0.10       # a crop grows by 10 % of the image's size on each side ...
 PAD_PIXELS = 600       # ... but by at most this many pixels (paper)
+MAX_RATIO = 200        # longest side by shortest that Qwen's image processor accepts
 MAX_IOU = 0.5          # two boxes that overlap more than this void a perception rollout (paper)
 COLOURS = {"red": "#ff0000", "green": "#00c800", "blue": "#0060ff", "orange": "#ff9000",
            "purple": "#a000ff", "cyan": "#00c8dc"}  # one per box, red first, then round again
@@ -88,8 +89,8 @@ def _read_box(text):
     (x1, x2), (y1, y2) = sorted((x1, x2)), sorted((y1, y2))  # inverted corners mean the same region
     if x1 == x2 or y1 == y2:  # no area, or wholly outside the image
         return None
-    label = fields.get("label", "")
-    return Box(x1, y1, x2, y2, label.strip() if isinstance(label, str) else str(label))
+    label = fields.get("label")
+    return Box(x1, y1, x2, y2, "" if label is None else str(label).strip())
 
 
 def _loads(text):
@@ -149,9 +150,13 @@ def to_rect(box, size):
 
 
 def padded(rect, size):
-    """A rect with context around it: min(10 % of that dimension, 600 px) on each side (paper)."""
-    pad_x = min(int(size[0] * PAD_SHARE), PAD_PIXELS)
-    pad_y = min(int(size[1] * PAD_SHARE), PAD_PIXELS)
+    """A rect with context around it: min(10 % of that dimension, 600 px) on each side (paper).
+
+    On images more than 20 times as long as wide it is a little more, or a sliver along an edge
+    would be thinner than the image processor accepts.
+    """
+    pad_x, pad_y = (max(min(int(side * PAD_SHARE), PAD_PIXELS), math.ceil(other / MAX_RATIO))
+                    for side, other in (size, size[::-1]))
     return (max(rect[0] - pad_x, 0), max(rect[1] - pad_y, 0),
             min(rect[2] + pad_x, size[0]), min(rect[3] + pad_y, size[1]))
 

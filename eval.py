@@ -24,7 +24,7 @@ from typing import NamedTuple
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from crop import Box, parse_boxes
+from crop import MAX_RATIO, Box, parse_boxes
 from rollout import FORMS, InputError, perceive, reason
 
 LETTERS = "ABCDEF"
@@ -50,7 +50,7 @@ class Example:
         try:
             with Image.open(self.image) as image:
                 return ImageOps.exif_transpose(image).convert("RGB")
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
+        except Exception as error:  # Pillow raises a dozen kinds for a broken file
             raise InputError(f"cannot read the image {self.image} of example {self.id}: {error}") from error
 
 
@@ -67,7 +67,7 @@ def load_data(path, images=None):
         raise InputError(f"there is no data file {path}")
     root = Path(images) if images else path.parent
     examples = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 examples.append(_read_line(line, root, f"{path}, line {number}", number))
@@ -91,7 +91,7 @@ def _read_line(line, root, where, number):
         if not str(row[name]).strip():
             raise InputError(f"{where}: the field {name!r} is empty")
     form = row.get("answer_form", "free_form")
-    if form not in FORMS:
+    if not isinstance(form, str) or form not in FORMS:
         raise InputError(f"{where}: the field 'answer_form' must be one of {', '.join(FORMS)}, not {form!r}")
     options = row.get("options") or []
     if not isinstance(options, list) or len(options) > len(LETTERS) or not all(isinstance(o, str) for o in options):
@@ -104,13 +104,20 @@ def _read_line(line, root, where, number):
                              f"x1 < x2 and y1 < y2, not {boxes!r}")
     image = root / row["image"]
     try:
-        with Image.open(image):
-            pass
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        with Image.open(image) as header:
+            width, height = header.size
+    except Exception as error:  # Pillow raises a dozen kinds for a broken file
         raise InputError(f"{where}: the field 'image' names {image}, which cannot be read: {error}") from error
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise InputError(f"{where}: the field 'image' names {image}, which is {width} x {height}: Qwen3-VL takes images up to "
+                         f"{MAX_RATIO} times as long as wide")
     answer = str(row["answer"])
+    if form == "free_form" and not plain_words(answer):
+        raise InputError(f"{where}: the field 'answer' is {answer!r}, which holds no word to compare with")
     if form == "mca" and option_letter(answer, options) is None:
         raise InputError(f"{where}: the field 'answer' is {answer!r}, which names no option letter A to F")
+    if form == "mca" and options and option_letter(answer, options) not in LETTERS[:len(options)]:
+        raise InputError(f"{where}: the field 'answer' is {answer!r}, but there are only {len(options)} options")
     if form == "na" and number_in(answer) is None:
         raise InputError(f"{where}: the field 'answer' is {answer!r}, which is not a number")
     question = "\n".join([row["question"].strip(), *(f"{letter}. {o}" for letter, o in zip(LETTERS, options))])
@@ -166,28 +173,33 @@ def option_letter(text, options=()):
     option. Refuses "A or B", "Apple", "A blue car", "" and letters somewhere in a sentence.
     """
     text = " ".join(text.replace("*", " ").split()).rstrip(" .")
-    found = _LETTER.fullmatch(text)
-    if found:
-        letter, rest = found[1].upper(), text[found.end(1):]
-        bare = not rest.strip(").: ")                       # "C", "(C)", "C."
-        marked = re.match(r"\s?[).:]", rest)                # "C. blue", but not "A blue car"
-        second = re.search(r"\b(or|and)\b|\b[A-F]\b", rest)  # "A. or B."
-        if bare or (marked and not second):
-            return letter
     matches = [letter for letter, option in zip(LETTERS, options) if plain_words(option) == plain_words(text) != ""]
-    return matches[0] if len(matches) == 1 else None
+    if len(matches) == 1 and not re.match(r"\(?\w[).:]", text):  # an option's own text, without a letter before it
+        return matches[0]
+    found = _LETTER.fullmatch(text)
+    if not found:
+        return None
+    letter, rest = found[1].upper(), text[found.end(1):]
+    if not rest.strip(").: "):                                  # "C", "(C)", "C."
+        return letter
+    own = dict(zip(LETTERS, options)).get(letter, "")
+    if plain_words(rest) == plain_words(own) != "":             # "C. Vitamin C", its own option
+        return letter
+    marked = re.match(r"\s?[).:]", rest)                        # "C. blue", but not "A blue car"
+    second = re.search(r"\b(or|and)\b|\b[A-F]\b", rest)       # "A. or B."
+    return letter if marked and not second else None
 
 
 def number_in(text):
     """The one number of a text, units allowed ("1,200 m" -> 1200.0), or None for none or several."""
-    numbers = re.findall(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)", text)
+    numbers = re.findall(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)", text.replace("\u2212", "-"))
     return float(numbers[0].replace(",", "")) if len(numbers) == 1 else None
 
 
 def plain_words(text):
-    """Lower case, without punctuation at the ends of words, articles and extra spaces."""
-    words = (word.strip(".,;:!?\"'`()[]*") for word in text.casefold().split())
-    return " ".join(word for word in words if word not in ("", "a", "an", "the"))
+    """Lower case, without punctuation at the ends of words, extra spaces and a leading article."""
+    words = [bare for word in text.casefold().split() if (bare := word.strip(".,;:!?\"'`()[]*"))]
+    return " ".join(words[1:] if len(words) > 1 and words[0] in ("a", "an", "the") else words)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -234,6 +246,16 @@ def evaluate(model, codec, examples, *, perceive_tokens, reason_tokens, batch):
         "unparsable": mean(not p.parsable for p in parsed),
         "unanswered": unanswered,
     }
+
+
+def print_table(report):
+    """Print {"before": ..., "after": ...} of two `evaluate` results as a small table."""
+    before, after = report["before"], report["after"]
+    print(f"\n{'held-out, n = ' + str(after['n']):52}before   after")
+    for name, text in (("p2r", "perceive, then reason"), ("hit", "first box contains the asked object's centre"),
+                       ("plain", "reason on the plain image"), ("oracle", "reason with the true boxes")):
+        cells = ("    -" if row[name] is None else f"{row[name]:5.3f}" for row in (before, after))
+        print(f"{name:7}{text:45}{'   '.join(cells)}")
 
 
 def mean(values):

@@ -29,10 +29,15 @@ Paper: arXiv 2607.01191. Where we depart from it or from the authors' code, and 
  6. Evidence reaches the partner as pixels, not through JPEG: what is trained is what was seen.
  7. The frozen perceiver may write --perceive-tokens, as when it is trained (the authors: 2048).
  8. Free-form answers are right when they match the truth word for word (the authors ask a judge).
+    Option letters and numbers are read by stricter rules (eval.py), boxes by a more patient one (crop.py).
  9. Masters in float32 live on across phases; Adam's moments start fresh in each, as in the paper,
     where each phase is a launch of its own.
 10. Questions are drawn in shuffled passes over the data that run on across phases; the paper makes
     one pass a phase. At its sizes (10k questions, 156 steps of 64) that is the same to 0.2 %.
+11. Prompts have no length limit of their own: the pixel budget bounds them. Images below 4,096 px are
+    scaled up to it in both roles.
+12. Accuracy is measured as training samples: same budget and limits, greedy, no repetition penalty.
+    (The authors evaluate at 4,194,304 px with penalty 1.05 and 256 / 1024 tokens.)
 """
 
 import argparse
@@ -40,7 +45,6 @@ import copy
 import dataclasses
 import json
 import random
-import resource
 import shutil
 import sys
 import time
@@ -55,7 +59,7 @@ import eval as evaluation
 import grpo
 import toy
 from crop import parse_boxes, picture, violation
-from rollout import InputError, load, perceive, reason
+from rollout import InputError, find_model, load, perceive, reason
 
 
 def setting(default, group, text):
@@ -90,7 +94,8 @@ class Settings:
     max_pixels: int = setting(2_097_152, "limits", "pixel budget of every image the model sees, crops too")
     perceive_tokens: int = setting(1024, "limits", "longest Perceiver response")
     reason_tokens: int = setting(2048, "limits", "longest Reasoner response")
-    rollout_batch: int = setting(2, "limits", "questions decoded together; memory: this x G x length x 112 KiB at 2B")
+    rollout_batch: int = setting(2, "limits", "questions sampled together, G rows each; partner and evaluation use as many "
+                                 "rows. At 2B a row's cache takes 112 KiB a token")
 
     def check(self):
         """Raises InputError for the first setting that cannot work."""
@@ -109,65 +114,78 @@ class Settings:
 
 
 @dataclass
+class Players:
+    """Who plays, and by which rules. `frozen` and `fixed` are renewed at every phase start."""
+    policy: torch.nn.Module
+    frozen: torch.nn.Module   # the policy as it was when the phase began
+    codec: object             # rollout.Codec of both
+    read_boxes: object        # text -> crop.Parsed
+    score: object             # (text, example) -> eval.Score
+    fixed: dict               # reasoning phase: example -> (the frozen perceiver's text, its Parsed)
+
+
+@dataclass
 class Rollouts:
     """One batch, sampled and rewarded."""
-    groups: list             # Q rollout.Groups of G completions of the trained role
-    rewards: torch.Tensor    # (Q, G)
-    boxes: list              # crop.Parsed of every perceiver output that counts in the metrics
-    partner_calls: int       # prompts that the frozen partner answered
+    groups: list              # Q rollout.Groups, each with G completions of the trained role
+    rewards: torch.Tensor     # (Q, G)
+    parsed: list              # crop.Parsed of every perceiver output of the batch
+    scores: list              # eval.Score of every reasoner output of the batch
+    void: int                 # rollouts that earned 0 by their boxes alone
+    partner_calls: int        # prompts that the frozen partner answered
     seconds_partner: float
-    metrics: dict            # shares that only this phase knows
-    shown: tuple             # (example, boxes, perceiver's text, reasoner's text, reward) of one rollout
+    shown: tuple              # (example, boxes, perceiver's text, reasoner's text, reward) of one rollout
 
 
-def perception_phase(policy, frozen, codec, batch, s, generator, read_boxes, score, fixed):
-    """The policy perceives, G times a question; the frozen copy reasons; the answer pays the boxes."""
-    groups = list(perceive(policy, codec, waiting(batch, "sampling boxes"), group=s.group,
+def perception(play, batch, s, generator):
+    """The policy perceives, G times a question; the frozen copy reasons; its answer pays the boxes."""
+    groups = list(perceive(play.policy, play.codec, waiting(batch, "sampling boxes"), group=s.group,
                            max_tokens=s.perceive_tokens, batch=s.rollout_batch, generator=generator))
     start = time.perf_counter()
-    parsed = [[read_boxes(c.text) for c in group.completions] for group in groups]       # Q lists of G
+    parsed = [[play.read_boxes(c.text) for c in group.completions] for group in groups]  # Q rows of G
     # The partner is greedy, so equal boxes get equal answers: each distinct evidence is asked once.
-    # Labels never reach it; the order of the boxes does. Voided rollouts earn 0 whatever it says.
-    places = [[(q, tuple(box[:4] for box in p.boxes)) for p in row] for q, row in enumerate(parsed)]
-    void = [[violation(p.boxes) for p in row] for row in parsed]
-    cases = {place: (batch[q], p.boxes) for q, row in enumerate(parsed)
-             for place, p, reason_why in zip(places[q], row, void[q]) if not reason_why}
-    answers = reason(frozen, codec, waiting(cases.values(), "frozen reasoner"), greedy=True,
+    # (Labels never reach it; the order of the boxes does.) Void rollouts earn 0 and need no answer.
+    cases = {evidence(q, p): (batch[q], p.boxes) for q, row in enumerate(parsed) for p in row if not violation(p.boxes)}
+    answers = reason(play.frozen, play.codec, waiting(cases.values(), "frozen reasoner"), greedy=True,
                      max_tokens=s.reason_tokens, batch=s.rollout_batch * s.group)
-    texts = {place: group.completions[0].text for place, group in zip(cases, answers)}
-    scores = {place: score(text, batch[place[0]]) for place, text in texts.items()}
+    texts = {key: group.completions[0].text for key, group in zip(cases, answers)}
+    scores = {key: play.score(text, batch[key[0]]) for key, text in texts.items()}
+    rewards = torch.tensor([[0.0 if violation(p.boxes) else scores[evidence(q, p)].reward for p in row]
+                            for q, row in enumerate(parsed)])                            # (Q, G)
     seconds = time.perf_counter() - start
-    rewards = torch.tensor([[0.0 if why else scores[place].reward for place, why in zip(places[q], void[q])]
-                            for q in range(len(batch))])
-    flat_void = [why for row in void for why in row]
-    metrics = {"unanswered": evaluation.mean(not found.answered for found in scores.values()),
-               "void": evaluation.mean(bool(why) for why in flat_void)}
-    first = (batch[0], parsed[0][0].boxes, groups[0].completions[0].text,
-             texts.get(places[0][0], f"(not asked: {void[0][0]} of the boxes voids this rollout)"), rewards[0, 0].item())
-    return Rollouts(groups, rewards, [p for row in parsed for p in row], len(cases), seconds, metrics, first)
+    flat, first = [p for row in parsed for p in row], parsed[0][0]
+    shown = (batch[0], first.boxes, groups[0].completions[0].text,
+             texts.get(evidence(0, first), f"(not asked: {violation(first.boxes)})"), rewards[0, 0].item())
+    return Rollouts(groups, rewards, flat, list(scores.values()), sum(bool(violation(p.boxes)) for p in flat),
+                    len(cases), seconds, shown)
 
 
-def reasoning_phase(policy, frozen, codec, batch, s, generator, read_boxes, score, fixed):
+def evidence(q, parsed):
+    """Equal keys, equal evidence: the question's place in the batch and the coordinates in order."""
+    return q, tuple(box[:4] for box in parsed.boxes)
+
+
+def reasoning(play, batch, s, generator):
     """The frozen copy perceives, once a question and phase; the policy reasons, G times; its answers pay."""
     start = time.perf_counter()
-    new = [e for e in dict.fromkeys(batch) if e not in fixed]
-    found = perceive(frozen, codec, waiting(new, "frozen perceiver"), greedy=True,
+    new = [example for example in dict.fromkeys(batch) if example not in play.fixed]
+    found = perceive(play.frozen, play.codec, waiting(new, "frozen perceiver"), greedy=True,
                      max_tokens=s.perceive_tokens, batch=s.rollout_batch * s.group)
-    for e, group in zip(new, found):
+    for example, group in zip(new, found):
         text = group.completions[0].text
-        fixed[e] = text, read_boxes(text)
+        play.fixed[example] = text, play.read_boxes(text)
     seconds = time.perf_counter() - start
-    cases = [(e, fixed[e][1].boxes) for e in batch]
-    groups = list(reason(policy, codec, waiting(cases, "sampling answers"), group=s.group,
+    cases = [(example, play.fixed[example][1].boxes) for example in batch]
+    groups = list(reason(play.policy, play.codec, waiting(cases, "sampling answers"), group=s.group,
                          max_tokens=s.reason_tokens, batch=s.rollout_batch, generator=generator))
-    scores = [[score(c.text, e) for c in group.completions] for e, group in zip(batch, groups)]
-    rewards = torch.tensor([[found.reward for found in row] for row in scores])
-    metrics = {"unanswered": evaluation.mean(not found.answered for row in scores for found in row), "void": 0.0}
-    first = (*cases[0], fixed[batch[0]][0], groups[0].completions[0].text, rewards[0, 0].item())
-    return Rollouts(groups, rewards, [fixed[e][1] for e in batch], len(new), seconds, metrics, first)
+    scores = [[play.score(c.text, example) for c in group.completions] for example, group in zip(batch, groups)]
+    rewards = torch.tensor([[score.reward for score in row] for row in scores])          # (Q, G)
+    shown = (*cases[0], play.fixed[batch[0]][0], groups[0].completions[0].text, rewards[0, 0].item())
+    return Rollouts(groups, rewards, [play.fixed[example][1] for example in batch],
+                    [score for row in scores for score in row], 0, len(new), seconds, shown)
 
 
-PHASES = {"perception": perception_phase, "reasoning": reasoning_phase}
+PHASES = {"perception": perception, "reasoning": reasoning}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -179,7 +197,7 @@ def train(s, read_boxes=parse_boxes, score=evaluation.score):
 
     read_boxes: text -> crop.Parsed. score: (text, example) -> eval.Score. Another reward or another
     box format is another function here; tests and benchmarks inject theirs the same way.
-    Raises InputError for input that the user can mend, before the first step.
+    Raises InputError for input that the user can mend: all but broken pixels before the first step.
     """
     s.check()
     examples = evaluation.load_data(s.data, s.images)
@@ -187,57 +205,62 @@ def train(s, read_boxes=parse_boxes, score=evaluation.score):
     source = find_model(s.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy, codec = load(source, s.max_pixels, device)
+    codec.check(example.question for example in examples + held_out)
     run = new_run_folder(s)
-
     # Activation checkpointing on language and vision layers; transformers renamed the switch in 5.2x.
-    getattr(policy, "activation_checkpointing_enable", policy.gradient_checkpointing_enable)({"use_reentrant": False})
+    checkpointing = getattr(policy, "activation_checkpointing_enable", None) or policy.gradient_checkpointing_enable
+    checkpointing({"use_reentrant": False})
     optimizer = grpo.MasterAdamW(policy, s.lr, weight_decay=s.weight_decay)
 
     def measure():
         return evaluation.evaluate(policy, codec, held_out, perceive_tokens=s.perceive_tokens,
                                    reason_tokens=s.reason_tokens, batch=s.rollout_batch * s.group)
 
-    report = {"before": measure(), "during": []} if held_out else {}
+    report = {}
+    if held_out:
+        report = {"before": measure(), "during": []}
+        write_json(run / "eval.json", report)
     step, total = 0, s.iterations * len(PHASES) * s.steps
     bar = tqdm(total=total, unit="step")
     for iteration in range(1, s.iterations + 1):
         for phase, collect in PHASES.items():
-            # One frozen copy for the phase: it plays the other role and anchors the KL.
+            # One frozen copy for the whole phase: it plays the other role and anchors the KL.
             frozen = copy.deepcopy(policy).eval().requires_grad_(False)
+            play = Players(policy, frozen, codec, read_boxes, score, fixed={})
             optimizer.reset()
-            fixed = {}  # reasoning phase: the frozen perceiver's boxes, which never change within it
+            bar.set_description(f"iteration {iteration} {phase}")
             for _ in range(s.steps):
                 start = time.perf_counter()
                 batch = draw(examples, step, s)
                 generator = torch.Generator(device).manual_seed(s.seed * 1_000_003 + step)
-                rollouts = collect(policy, frozen, codec, batch, s, generator, read_boxes, score, fixed)
+                rollouts = collect(play, batch, s, generator)
                 sampled = time.perf_counter()
                 update = grpo.update_batch(
                     policy, frozen, optimizer, rollouts.groups, grpo.group_advantages(rollouts.rewards),
                     banned=codec.banned, kl=s.kl, clip=s.clip, max_norm=s.max_grad_norm, updates=s.updates)
                 step += 1
-                seconds = {"seconds_rollout": sampled - start - rollouts.seconds_partner,
-                           "seconds_partner": rollouts.seconds_partner,
-                           "seconds_update": time.perf_counter() - sampled}
-                metrics = {"step": step, "iteration": iteration, "phase": phase} | summary(rollouts) | update | seconds
-                metrics["tokens_per_s"] = metrics.pop("tokens") / seconds["seconds_rollout"]
-                log(run, metrics | {"peak_gib": peak_gib(device), "lr": s.lr})
-                if s.sample_every and step % s.sample_every in (0, 1):
+                metrics = {"step": step, "iteration": iteration, "phase": phase, **summary(rollouts), **update,
+                           "seconds_rollout": sampled - start - rollouts.seconds_partner,
+                           "seconds_partner": rollouts.seconds_partner, "seconds_update": time.perf_counter() - sampled,
+                           "peak_gib": peak_gib(device), "lr": s.lr}
+                metrics["tokens_per_s"] = metrics["tokens"] / metrics["seconds_rollout"]
+                log(run, metrics)
+                if s.sample_every and (step == 1 or step % s.sample_every == 0):
                     save_sample(run, step, phase, *rollouts.shown)
-                bar.set_description(f"iteration {iteration} {phase}")
                 bar.set_postfix(reward=f"{metrics['reward_mean']:.2f}", kl=f"{metrics['kl']:.3f}")
                 bar.update()
                 if s.save_every and step % s.save_every == 0 and step < total:
                     save_model(policy, source, run / "checkpoint")
                 if held_out and s.eval_every and step % s.eval_every == 0 and step < total:
-                    report["during"].append({"step": step} | measure())
+                    report["during"].append({"step": step, **measure()})
                     write_json(run / "eval.json", report)
+            del play, frozen  # before the next copy is made
     bar.close()
     save_model(policy, source, run / "final")
     if held_out:
         report["after"] = measure()
         write_json(run / "eval.json", report)
-        print_table(report)
+        evaluation.print_table(report)
     print(f"run folder: {run} (metrics.jsonl, samples/, final/)")
     return run
 
@@ -261,20 +284,22 @@ def draw(examples, step, s):
 def summary(rollouts):
     """The metrics of one batch's rollouts; README.md says what each one tells."""
     completions = [c for group in rollouts.groups for c in group.completions]
-    tokens, boxes = sum(len(c.ids) for c in completions), [b for p in rollouts.boxes for b in p.boxes]
+    tokens, boxes = sum(len(c.ids) for c in completions), [b for p in rollouts.parsed for b in p.boxes]
     mean = evaluation.mean
     return {
         "reward_mean": rollouts.rewards.mean().item(),
         "reward_std": rollouts.rewards.std(dim=1).mean().item(),
         "zero_variance": mean(grpo.equal_groups(rollouts.rewards)),
+        "tokens": tokens,
         "response_tokens": tokens / len(completions),
         "truncated": mean(not c.ended for c in completions),
-        "unparsable": mean(not p.parsable for p in rollouts.boxes),
-        "boxes": len(boxes) / len(rollouts.boxes),
+        "unparsable": mean(not p.parsable for p in rollouts.parsed),
+        "unanswered": mean(not score.answered for score in rollouts.scores),
+        "void": rollouts.void / len(completions),
+        "boxes": len(boxes) / len(rollouts.parsed),
         "box_area": mean((b.x2 - b.x1) * (b.y2 - b.y1) / 1e6 for b in boxes),
         "partner_calls": rollouts.partner_calls,
-        "tokens": tokens,
-    } | rollouts.metrics
+    }
 
 
 def waiting(items, text):
@@ -286,12 +311,19 @@ def peak_gib(device):
     """Peak memory so far: of the GPU, or of the process on a CPU, in GiB."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+    if sys.platform == "win32":
+        return None
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**(30 if sys.platform == "darwin" else 20)  # bytes or KiB
 
 
 def log(run, metrics):
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(metrics) + "\n")
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def save_sample(run, step, phase, example, boxes, perceived, reasoned, reward):
@@ -307,7 +339,7 @@ def save_model(policy, source, folder):
     """bf16 weights and every other file of the original folder: from_pretrained and vLLM can load it."""
     new = folder.with_name(folder.name + ".new")
     shutil.rmtree(new, ignore_errors=True)
-    weights = {name: tensor.to(torch.bfloat16) for name, tensor in policy.state_dict().items()}
+    weights = {name: p.detach().to(torch.bfloat16) for name, p in policy.named_parameters()}  # tied ones once
     policy.save_pretrained(new, state_dict=weights)
     for file in Path(source).rglob("*"):
         place = file.relative_to(source)
@@ -316,20 +348,6 @@ def save_model(policy, source, folder):
             shutil.copyfile(file, new / place)
     shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)  # a killed run leaves the old one or the new one, never half of one
-
-
-def find_model(name):
-    """A folder as it is; anything else is a hub id, downloaded once by huggingface_hub."""
-    if Path(name).is_dir():
-        return Path(name)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise InputError(f"--model {name}: there is no such folder, and it does not look like a hub id (owner/name)")
-    from huggingface_hub import snapshot_download
-    try:
-        return Path(snapshot_download(name))
-    except Exception as error:  # the hub's many errors share no narrower class across its versions
-        raise InputError(f"--model {name}: there is no such folder, and the hub did not give it "
-                         f"({type(error).__name__}: {str(error).splitlines()[0]})") from error
 
 
 def new_run_folder(s):
@@ -346,20 +364,6 @@ def new_run_folder(s):
     return run
 
 
-def write_json(path, value):
-    path.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def print_table(report):
-    """The accuracies before and after, as eval.evaluate defines them."""
-    before, after = report["before"], report["after"]
-    print(f"\n{'held-out, n = ' + str(after['n']):52}before   after")
-    for name, text in (("p2r", "perceive, then reason"), ("hit", "first box contains the asked object's centre"),
-                       ("plain", "reason on the plain image"), ("oracle", "reason with the true boxes")):
-        cells = ("    -" if row[name] is None else f"{row[name]:5.3f}" for row in (before, after))
-        print(f"{name:7}{text:45}{'   '.join(cells)}")
-
-
 def main(arguments=None):
     """The command line, made from Settings. Explicit flags win over the toy's values."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -368,7 +372,7 @@ def main(arguments=None):
         group = field.metadata["group"]
         groups.setdefault(group, parser.add_argument_group(group)).add_argument(
             "--" + field.name.replace("_", "-"), type=field.type, default=argparse.SUPPRESS,
-            help=f"{field.metadata['help']} (default: {field.default or 'none'})".replace("%", "%%"))
+            help=f"{field.metadata['help']} (default: {'none' if field.default == '' else field.default})".replace("%", "%%"))
     explicit = vars(parser.parse_args(arguments))
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

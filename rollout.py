@@ -15,10 +15,15 @@ the prompts is ours.
 
 import itertools
 import json
+import os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, DynamicCache, Qwen2VLImageProcessorPil
 from transformers import Qwen3VLForConditionalGeneration
 
@@ -145,17 +150,19 @@ class Codec:
         self.position_ids = model.model.get_rope_index  # the library's own M-RoPE; reads the config only
         self.dtype = model.dtype
 
-    def encode(self, text, images):
-        """One user turn of images, then text -> Prompt.
+    def check(self, questions):
+        """Raises InputError for a question that contains the model's image token."""
+        for text in questions:
+            if self.image_token in text:
+                raise InputError(f"a question contains {self.image_token}, which stands for an image: {text[:80]!r}; remove it")
 
-        Raises InputError if the text contains the model's image token.
-        """
+    def encode(self, text, images):
+        """One user turn of images, then text -> Prompt. Raises InputError as `check` does."""
+        self.check([text])
         content = [{"type": "image"}] * len(images) + [{"type": "text", "text": text}]
         messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
         rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         pieces = rendered.split(self.image_token)
-        if len(pieces) != len(images) + 1:
-            raise InputError(f"the text of a question contains {self.image_token}: {text[:80]!r}; remove it")
         vision = self.image_processor(images=images, size=self.size, return_tensors="pt")
         counts = (vision["image_grid_thw"].prod(dim=1) // self.merge**2).tolist()  # visual tokens per image
         expanded = pieces[0] + "".join(self.image_token * n + piece for n, piece in zip(counts, pieces[1:]))
@@ -170,6 +177,19 @@ class Codec:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
+def find_model(name):
+    """A folder as it is; anything else is a hub id, downloaded once by huggingface_hub. Raises InputError."""
+    if Path(name).is_dir():
+        return Path(name)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise InputError(f"--model {name}: there is no such folder, and it does not look like a hub id (owner/name)")
+    try:
+        return Path(snapshot_download(name))
+    except Exception as error:  # the hub's many errors share no narrower class across its versions
+        raise InputError(f"--model {name}: there is no such folder, and the hub did not give it "
+                         f"({type(error).__name__}: {' '.join(str(error).split())[:200]})") from error
+
+
 def load(folder, max_pixels, device="cpu"):
     """A local Qwen3-VL folder -> (model in eval mode, Codec). bf16 on a GPU, float32 on a CPU.
 
@@ -178,13 +198,18 @@ def load(folder, max_pixels, device="cpu"):
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} is not a model folder: it has no config.json")
-    kind = AutoConfig.from_pretrained(folder).model_type
-    if kind != "qwen3_vl":
-        raise InputError(f"{folder} holds a {kind} model; this code knows Qwen3-VL only")
     dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-    model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
-    model.to(device).eval()
-    return model, Codec(folder, model, max_pixels)
+    try:
+        kind = AutoConfig.from_pretrained(folder).model_type
+        if kind != "qwen3_vl":
+            raise InputError(f"{folder} holds a {kind} model; this code knows Qwen3-VL only")
+        model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+        codec = Codec(folder, model, max_pixels)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"the model folder {folder} cannot be loaded: {' '.join(str(error).split())}") from error
+    return model.to(device).eval(), codec
 
 
 def collate(prompts, device):
@@ -271,10 +296,22 @@ def _sample_chunk(model, codec, prompts, group, greedy, max_tokens, generator):
 
 def perceive(model, codec, examples, **how):
     """Examples -> one Group of box lists (as text) each. `how` goes to `sample`."""
-    return sample(model, codec, (perceiver_prompt(codec, e.load_image(), e.question) for e in examples), **how)
+    return sample(model, codec, ahead(lambda e: perceiver_prompt(codec, e.load_image(), e.question), examples), **how)
 
 
 def reason(model, codec, cases, **how):
     """(example, boxes) pairs -> one Group of answers (as text) each. `how` goes to `sample`."""
-    return sample(model, codec, (reasoner_prompt(codec, e.load_image(), boxes, e.question, e.answer_form)
-                                 for e, boxes in cases), **how)
+    return sample(model, codec, ahead(lambda case: reasoner_prompt(
+        codec, case[0].load_image(), case[1], case[0].question, case[0].answer_form), cases), **how)
+
+
+def ahead(make, items, depth=16):
+    """map(make, items), made in threads while the model works. An image of eight megapixels and its
+    crops take 1.7 seconds to prepare; `depth` bounds how many wait in memory."""
+    items = iter(items)
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        waiting = deque(pool.submit(make, item) for item in itertools.islice(items, depth))
+        while waiting:
+            made = waiting.popleft().result()
+            waiting.extend(pool.submit(make, item) for item in itertools.islice(items, 1))
+            yield made

@@ -31,6 +31,7 @@ SIGN = (10, 20, 300, 400, "sign")
     ('[{"bbox_2d": [300, 400, 10, 20], "label": "sign"}]', [SIGN], True, 0),  # inverted corners
     ('[{"bbox_2d": [-5, 20, 300, 1200], "label": " sign "}]', [(0, 20, 300, 1000, "sign")], True, 0),
     ('[{"bbox_2d": [10, 20, 300, 400]}]', [(10, 20, 300, 400, "")], True, 0),
+    ('[{"bbox_2d": [10, 20, 300, 400], "label": null}]', [(10, 20, 300, 400, "")], True, 0),
     ('[{"bbox_2d": [10, 20, 300, 400], "label": 7}]', [(10, 20, 300, 400, "7")], True, 0),
     ("[]", [], True, 0),
     ("```json\n[ ]\n```", [], True, 0),
@@ -85,6 +86,14 @@ def test_padding_is_ten_percent_up_to_600_pixels():
     assert padded((1000, 300, 1200, 400), (4000, 1000)) == (600, 200, 1600, 500)
     assert padded((5000, 5000, 5100, 5100), (10000, 10000)) == (4400, 4400, 5700, 5700)  # capped at 600
     assert padded((0, 0, 50, 1000), (100, 1000)) == (0, 0, 60, 1000)                     # inside the image
+
+
+@pytest.mark.parametrize("size", [(6000, 140), (140, 6000), (28000, 140), (200, 1)])
+def test_a_crop_is_never_too_thin_for_the_image_processor(size):
+    """A full-width sliver along an edge of a panorama gets its context on one side only."""
+    for box in (Box(0, 0, 1000, 0.1), Box(0, 999.9, 1000, 1000), Box(0, 0, 0.1, 1000), Box(999.9, 0, 1000, 1000)):
+        left, top, right, bottom = padded(to_rect(box, size), size)
+        assert max(right - left, bottom - top) <= 200 * min(right - left, bottom - top)
 
 
 def test_iou_by_hand():

@@ -142,7 +142,7 @@ def test_the_entropy_is_that_of_the_full_distribution(tiny):
 
 def test_log_probs_at_sampling_are_those_of_training(tiny):
     model, codec = tiny
-    for group in sample(model, codec, prompts_of(codec), group=4, max_tokens=10, batch=3, generator=torch.Generator().manual_seed(0)):
+    for group in groups_of(model, codec):
         logp, _ = response_logprobs(model, pack(group.prompt, [c.ids for c in group.completions]), codec.banned)
         assert torch.allclose(logp, torch.cat([c.logps for c in group.completions]), atol=1e-5)
 
@@ -179,7 +179,7 @@ def test_the_gradient_does_not_depend_on_order_or_split(tiny, folder):
     model, codec = tiny
     reference = Qwen3VLForConditionalGeneration.from_pretrained(folder).eval()
     reference.lm_head.weight.data.mul_(1.1)                                             # so that the KL matters
-    groups = list(sample(model, codec, prompts_of(codec), group=4, max_tokens=7, batch=3, generator=torch.Generator().manual_seed(0)))
+    groups = groups_of(model, codec)
     advantages = group_advantages(torch.tensor([[1.0, 0, 0, 0], [0, 1, 1, 0], [3, 2, 1, 0]]))
     tokens = [sum(len(c.ids) for c in g.completions) for g in groups]
 
@@ -202,10 +202,19 @@ def test_the_gradient_does_not_depend_on_order_or_split(tiny, folder):
 
 def test_more_updates_move_the_ratio_off_one(tiny, folder):
     model, codec = tiny
-    groups = list(sample(model, codec, prompts_of(codec), group=4, max_tokens=7, batch=3, generator=torch.Generator().manual_seed(0)))
+    groups = groups_of(model, codec)
     metrics = update_batch(model, load_again(folder), MasterAdamW(model, lr=3e-2), groups, torch.tensor([[1.0, -1, 1, -1]] * 3),
                            banned=codec.banned, kl=0.0, clip=0.2, max_norm=1.0, updates=2)
     assert metrics["clip_fraction"] > 0
+
+
+def groups_of(model, codec, seed=0):
+    """Three sampled groups of four, of different token counts: every third id ends a response."""
+    codec.stop_ids = torch.arange(0, model.config.text_config.vocab_size, 3)
+    groups = list(sample(model, codec, prompts_of(codec), group=4, max_tokens=9, batch=3, generator=torch.Generator().manual_seed(seed)))
+    assert len({len(c.ids) for g in groups for c in g.completions}) > 2
+    assert len({sum(len(c.ids) for c in g.completions) for g in groups}) == 3
+    return groups
 
 
 def load_again(folder):
@@ -220,7 +229,7 @@ def test_the_kl_pulls_back_to_the_reference(tiny, folder):
     with torch.no_grad():
         for p in model.model.language_model.layers.parameters():
             p.add_(torch.randn_like(p) * 0.02)
-    groups = list(sample(model, codec, prompts_of(codec), group=4, max_tokens=8, batch=3, generator=torch.Generator().manual_seed(0)))
+    groups = groups_of(model, codec)
     optimizer = MasterAdamW(model, lr=1e-4)
     kls = [update_batch(model, reference, optimizer, groups, torch.zeros(3, 4), banned=codec.banned, kl=1.0, clip=0.2,
                         max_norm=1.0)["kl"] for _ in range(8)]

@@ -1,5 +1,7 @@
 """rollout.py against the library: its processor, its image sizes, its generate()."""
 
+import shutil
+
 import pytest
 import torch
 from conftest import BOXES, noise, prompts_of
@@ -83,6 +85,19 @@ def test_a_folder_of_another_model_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
     with pytest.raises(InputError, match="qwen2"):
         load(tmp_path, 4096)
+
+
+@pytest.mark.parametrize("name, content", [
+    ("config.json", "{"), ("config.json", '{"model_type": "nonsense"}'), ("model.safetensors", "version https://git-lfs"),
+    ("model.safetensors", None), ("preprocessor_config.json", None)])
+def test_a_broken_model_folder_is_one_sentence(folder, tmp_path, name, content):
+    shutil.copytree(folder, tmp_path / "m")
+    (tmp_path / "m" / name).unlink()
+    if content is not None:
+        (tmp_path / "m" / name).write_text(content)
+    with pytest.raises(InputError, match="cannot be loaded") as error:
+        load(tmp_path / "m", 4096)
+    assert "\n" not in str(error.value)
 
 
 # --- sampling

@@ -59,10 +59,10 @@ def test_the_frozen_copy_is_what_each_phase_says(folder, data, tmp_path, monkeyp
     seen = []
 
     def spy_on(name, phase):
-        def spied(policy, frozen, *args):
-            assert policy is not frozen and not any(p.requires_grad for p in frozen.parameters())
-            seen.append((name, "start", weights(policy), weights(frozen)))
-            return phase(policy, frozen, *args)
+        def spied(play, *args):
+            assert play.policy is not play.frozen and not any(p.requires_grad for p in play.frozen.parameters())
+            seen.append((name, "start", weights(play.policy), weights(play.frozen)))
+            return phase(play, *args)
         return spied
 
     def spy_update(policy, reference, optimizer, *args, **kwargs):
@@ -140,7 +140,10 @@ def test_the_run_folder(folder, data, tmp_path):
     for folder_name in ("final", "checkpoint"):
         assert {f.name for f in folder.iterdir()} == {f.name for f in (run / folder_name).iterdir()}
     assert {tensor.dtype for tensor in load_file(run / "final" / "model.safetensors").values()} == {torch.bfloat16}
-    rollout.load(run / "final", 4096)
+    original = Qwen3VLForConditionalGeneration.from_pretrained(folder)
+    assert set(load_file(run / "final" / "model.safetensors")) == set(load_file(folder / "model.safetensors"))  # tied weights once
+    again = rollout.load(run / "final", 4096)[0]
+    assert weights(again).shape == weights(original).shape
 
 
 def test_accuracy_without_true_boxes_is_null_where_they_are_needed(folder, data, tmp_path):
@@ -241,17 +244,24 @@ def true_layout(path):
     return path
 
 
-def test_two_steps_a_phase_in_the_layout_of_the_real_model(tmp_path):
+def test_two_steps_a_phase_in_the_layout_of_the_real_model(tmp_path, monkeypatch):
     """The code path of `--model Qwen/Qwen3-VL-2B-Instruct`, on images of eight megapixels."""
     source = true_layout(tmp_path / "qwen")
     for i, size in enumerate([(4000, 2000), (2400, 3400), (3000, 3000)]):
         noise(*size, i).save(tmp_path / f"{i}.jpg")
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(
         {"image": f"{i}.jpg", "question": "Which sign?", "answer": "B", "answer_form": "mca", "options": ["a", "b"]}) + "\n" for i in range(3)))
+    trained, real = [], p2r_min.grpo.pack
+
+    def spied(prompt, *args):
+        trained.append(len(prompt.grids))                                         # images in each trained row
+        return real(prompt, *args)
+
+    monkeypatch.setattr(p2r_min.grpo, "pack", spied)
     cycle, s = Cycle(), Settings(model=str(source), data=str(tmp_path / "data.jsonl"), out=str(tmp_path / "run"), steps=2, questions=2, group=3,
                                  lr=1e-4, max_pixels=64 * 1024, perceive_tokens=5, reason_tokens=5, sample_every=0)
     run = train(s, cycle.read_boxes, cycle.score)
-    assert set(cycle.counts) == {0, 1, 2}                                         # 0, 1 and 3 crops occurred
+    assert set(trained[:4]) == {1} and set(trained[4:]) == {1, 2, 4}              # the image, then with 0, 1 and 3 crops
     lines = [json.loads(line) for line in (run / "metrics.jsonl").open()]
     assert [m["phase"] for m in lines] == ["perception"] * 2 + ["reasoning"] * 2
     assert all(m["grad_norm"] > 0 and m["sampler_gap"] < 1e-4 for m in lines)
