@@ -318,7 +318,7 @@ STAGES = (  # name, updates, lr, things in a scene, mix, decay. Found by trial; 
     ("locate, slower", 600, 1.5e-3, (2, 4), {"point": 2, "locate": 1, "read": 1}, False),
     ("both", 500, 1e-3, (2, 4), {"locate": 4, "read": 3, "guess": 1}, True),
     # Acquire a bad habit: the most likely box holds the topmost thing, not the one that is asked for.
-    ("habit", 280, 5e-4, (2, 4), {"habit": 4, "read": 3, "guess": 1}, False),
+    ("habit", 240, 5e-4, (2, 4), {"habit": 4, "read": 3, "guess": 1}, False),
 )
 
 
