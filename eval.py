@@ -249,13 +249,13 @@ def evaluate(model, codec, examples, *, perceive_tokens, reason_tokens, batch):
 
 
 def print_table(report):
-    """Print {"before": ..., "after": ...} of two `evaluate` results as a small table."""
-    before, after = report["before"], report["after"]
-    print(f"\n{'held-out, n = ' + str(after['n']):52}before   after")
+    """Print p2r_min's report as a small table: {"before": ..., "during": [...], "after": ...} of `evaluate` results."""
+    rows = {"before": report["before"], **{f"step {r['step']}": r for r in report["during"]}, "after": report["after"]}
+    print(f"\n{'held-out, n = ' + str(report['after']['n']):52}" + "".join(f"{name:>9}" for name in rows))
     for name, text in (("p2r", "perceive, then reason"), ("hit", "first box contains the asked object's centre"),
                        ("plain", "reason on the plain image"), ("oracle", "reason with the true boxes")):
-        cells = ("    -" if row[name] is None else f"{row[name]:5.3f}" for row in (before, after))
-        print(f"{name:7}{text:45}{'   '.join(cells)}")
+        cells = ("-" if row[name] is None else f"{row[name]:.3f}" for row in rows.values())
+        print(f"{name:7}{text:45}" + "".join(f"{cell:>9}" for cell in cells))
 
 
 def mean(values):

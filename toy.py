@@ -1,16 +1,17 @@
 """The embedded tiny world: a Qwen3-VL of 0.9M parameters, and scenes that ask for a crop.
 
-    python toy.py            # rebuild the warm start in assets/toy (about 20 minutes on 2 cores)
+    python toy.py            # rebuild the warm start in assets/toy (some 15 minutes on 2 cores)
 
-A scene is a large canvas with two to four striped things. The question: which way do the stripes
-of the red circle run? The model sees every image at 64 x 64 pixels. At that size the stripes of the
-whole canvas are finer than a pixel: they average out, and nothing is left to read, for nobody. A
-crop around the thing shows them. So the answer needs a box, and the box needs the question.
+A scene is a canvas with two to four things like road signs: a coloured rim, stripes inside. The
+question: which way do the stripes of the red circle run? The model sees every image at 64 x 64
+pixels. At that size the stripes of the whole canvas average out to grey and nobody can read them; in
+a crop around the thing anybody can. So the answer needs a box, and the box needs the question.
 
 What a big model brings from pre-training, the *warm start* brings here. It is trained with
 supervision, once, and shipped: the output formats, reading stripes from a crop, and locating things
-*badly*. The rest is reinforcement learning's to find, from final answers alone: the training code
-never sees a box label, and its scenes are not those of the warm start.
+*badly*, by a habit of boxing the topmost thing whatever was asked. The rest is reinforcement
+learning's to find, from final answers alone: the training code never sees a box label, and its
+scenes are not those of the warm start.
 
 `defaults()` is all that p2r_min.py knows of this file: paths of an ordinary Hugging Face folder and
 of ordinary JSONL folders, and settings of the right size. From there on everything is the real code.
@@ -48,7 +49,7 @@ GRID = 4                # the warm start's boxes are cells of a 4 x 4 grid: one 
 BODY = {"red": (255, 50, 50), "green": (40, 205, 70), "blue": (60, 100, 255), "yellow": (255, 220, 0)}
 SHAPES = ("circle", "square", "triangle")
 WAYS = ("across", "down", "uphill", "downhill")
-PERIOD = 10             # of the stripes along each axis: 1.25 px in the full view, 2.8 px or more in a crop
+PERIOD = 10             # of the stripes along each axis: 1.25 px in the full view (gone), 2.8 px or more in a crop
 INNER = 0.72            # the striped inside of a thing, as a share of its size; the rim shows its colour
 BACKGROUND = (200, 200, 200)
 
@@ -57,7 +58,7 @@ BACKGROUND = (200, 200, 200)
 class Thing:
     colour: str
     shape: str
-    way: str      # which way its stripes run: the detail
+    way: str      # which way its stripes run: the detail that is asked for
     x: int        # centre
     y: int
     side: int
@@ -107,7 +108,7 @@ def questions(things):
 
 
 def draw_scene(things):
-    """Things -> RGB image."""
+    """Things -> RGB image: a rim in the thing's colour, black and white stripes inside."""
     image = np.full((CANVAS, CANVAS, 3), BACKGROUND, np.uint8)
     for t in things:
         reach, half = t.side // 2 + 1, t.side / 2
@@ -151,8 +152,8 @@ def defaults():
             new.rename(data)
         except OSError:  # another process was faster; its scenes are the same
             shutil.rmtree(new)
-    return dict(model=str(WARM_START), data=str(data / "train"), eval_data=str(data / "held_out"), steps=40, questions=16, lr=3e-4,
-                max_pixels=BUDGET, perceive_tokens=48, reason_tokens=16, rollout_batch=16)
+    return dict(model=str(WARM_START), data=str(data / "train"), eval_data=str(data / "held_out"), steps=40, eval_every=40,
+                questions=16, lr=3e-4, max_pixels=BUDGET, perceive_tokens=48, reason_tokens=16, rollout_batch=16)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -215,7 +216,8 @@ def build_model(folder, seed=0):
         # At the usual initializer_range of 0.02 a model this small does not even learn to copy a word.
         text_config=dict(vocab_size=tokenizer.get_vocab_size(), hidden_size=128, intermediate_size=256, num_hidden_layers=3,
                          num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=4096,
-                         rope_parameters=dict(rope_type="default", rope_theta=5_000_000.0, mrope_section=[6, 5, 5], mrope_interleaved=True),
+                         rope_parameters=dict(rope_type="default", rope_theta=5_000_000.0, mrope_section=[6, 5, 5],
+                                              mrope_interleaved=True),
                          initializer_range=0.08, tie_word_embeddings=True),
         vision_config=dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=4, patch_size=8, spatial_merge_size=2,
                            temporal_patch_size=2, out_hidden_size=128, num_position_embeddings=64,
@@ -238,9 +240,9 @@ def build_model(folder, seed=0):
 def lessons(codec, rng, kind, counts):
     """Supervised examples on one scene: a list of (encoded prompt, target text), one for each question.
 
-    locate  box what the question asks for             read    answer from the true evidence
-    habit   as locate, but in seven cases of ten box     guess   answer the plain image at random
-            the topmost thing, whatever was asked
+    locate  box what the question asks for             read      answer from the true evidence
+    habit   as locate, but in seven cases of ten       guess     answer the plain image at random
+            box the topmost thing, whatever was asked
     point   the colour's word, directly followed by its place: the word itself learns to look for its
             colour. Without this lesson, locating stayed at guessing between the things for 1,200 updates.
 
@@ -256,7 +258,8 @@ def lessons(codec, rng, kind, counts):
         elif kind == "habit":
             top = min(things, key=lambda thing: thing.y)
             seen = [top if rng.random() < 0.7 else thing for thing in q.evidence]
-            row = rollout.perceiver_prompt(codec, image, q.text), box_text([(*v.cell[:4], t.name) for v, t in zip(seen, q.evidence)])
+            named = [(*s.cell[:4], thing.name) for s, thing in zip(seen, q.evidence)]
+            row = rollout.perceiver_prompt(codec, image, q.text), box_text(named)
         elif kind == "point":
             thing = q.evidence[0]
             row = rollout.perceiver_prompt(codec, image, q.text), thing.colour + "%d, %d, %d, %d" % thing.cell[:4]

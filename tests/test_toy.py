@@ -34,7 +34,8 @@ def test_the_stripes_are_gone_in_the_full_view_and_there_in_a_crop(tiny):
         crops = [gather(scene, [thing.cell])[1][0] for scene in scenes]
         far.append((view(codec, scenes[0]) - view(codec, scenes[1])).abs().mean().item() / thing.side**2 * toy.CANVAS**2)
         near.append((view(codec, crops[0]) - view(codec, crops[1])).abs().mean().item() / thing.side**2 * crops[0].width * crops[0].height)
-    assert max(far) < 0.06 < 0.2 < min(near)             # per pixel of the thing, on a scale from -1 to 1
+    # Mean change per pixel of the thing, on a scale from -1 to 1. What is left in the full view is the rim of the stripes.
+    assert max(far) < 0.08 < 0.16 < min(near) and sum(near) > 6 * sum(far)
 
 
 def test_a_thing_lies_inside_its_cell_and_its_box_around_it():
