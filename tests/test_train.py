@@ -272,7 +272,8 @@ def test_two_steps_a_phase_in_the_layout_of_the_real_model(tmp_path, monkeypatch
     old, new = (Qwen3VLForConditionalGeneration.from_pretrained(path, dtype="auto") for path in (source, run / "final"))
     assert new.dtype == torch.bfloat16
     changed = {name for (name, a), b in zip(old.named_parameters(), new.parameters()) if not torch.equal(a, b)}
-    for part in ("visual.patch_embed", "visual.blocks.2", "deepstack_merger_list.2", "language_model.layers.2", "embed_tokens"):
+    # (With three language layers the third DeepStack feature enters after the last one: it reaches no response.)
+    for part in ("visual.patch_embed", "visual.blocks.2", "deepstack_merger_list.1", "language_model.layers.2", "embed_tokens"):
         assert any(part in name for name in changed), part
     for file in source.iterdir():
         if file.name != "model.safetensors":
