@@ -22,6 +22,8 @@ PAD_SHARE = 0.10       # a crop grows by 10 % of the image's size on each side .
 PAD_PIXELS = 600       # ... but by at most this many pixels (paper)
 MAX_RATIO = 200        # longest side by shortest that Qwen's image processor accepts
 MAX_IOU = 0.5          # two boxes that overlap more than this void a perception rollout (paper)
+WHOLE = 0.9            # a box of at least this share of the image points at nothing
+NESTED = 0.9           # a box with at least this share of its area inside another one is nested in it
 COLOURS = {"red": "#ff0000", "green": "#00c800", "blue": "#0060ff", "orange": "#ff9000",
            "purple": "#a000ff", "cyan": "#00c8dc"}  # one per box, red first, then round again
 PLACEHOLDER = "what is inside"  # the label of the example in the Perceiver's prompt; a copy earns 0
@@ -133,6 +135,23 @@ def violation(boxes):
     if any(iou(a, b) > MAX_IOU for i, a in enumerate(boxes) for b in boxes[:i]):
         return "overlap"
     return None
+
+
+def tricks(parsed):
+    """Ways around pointing that `violation` leaves open, as a set: "whole" (a box over the whole image), "nested" (one box
+    inside another, yet below MAX_IOU), "many" (more boxes than crops), "unparsable" (earns what `[]` earns).
+
+    All are logged. With --strict-boxes they earn 0; in the paper, and by default, they don't.
+    """
+    found = {"many"} if len(parsed.boxes) > MAX_CROPS else set()
+    found |= set() if parsed.parsable else {"unparsable"}
+    for i, a in enumerate(parsed.boxes):
+        area = (a.x2 - a.x1) * (a.y2 - a.y1)
+        found |= {"whole"} if area >= WHOLE * 1000**2 else set()
+        for b in parsed.boxes[:i] + parsed.boxes[i + 1:]:
+            width, height = min(a.x2, b.x2) - max(a.x1, b.x1), min(a.y2, b.y2) - max(a.y1, b.y1)
+            found |= {"nested"} if min(width, height) > 0 and width * height >= NESTED * area else set()
+    return found
 
 
 # ---------------------------------------------------------------------------------------------

@@ -44,14 +44,33 @@ class Example:
     category: str = ""
     id: str = ""
     boxes: tuple = ()     # of Box; only ever used to measure
+    size: tuple = ()      # (width, height) of the image, from its header
 
     def load_image(self):
         """The image at its original resolution, upright, as RGB. Raises InputError."""
         try:
-            with Image.open(self.image) as image:
+            with open_image(self.image) as image:
                 return ImageOps.exif_transpose(image).convert("RGB")
         except Exception as error:  # Pillow raises a dozen kinds for a broken file
             raise InputError(f"cannot read the image {self.image} of example {self.id}: {error}") from error
+
+
+def open_image(file):
+    """Image.open, but an InputError above Pillow's limit of 89 million pixels (8K photos have 33 to 60), up to twice which Pillow
+    itself only warns: a "decompression bomb" is a few kilobytes that unpack to gigabytes."""
+    image = Image.open(file)
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise InputError(f"{image.width} x {image.height} pixels: the limit, against decompression bombs, is {Image.MAX_IMAGE_PIXELS}")
+    return image
+
+
+def inside(root, name):
+    """root / name, links resolved. Raises InputError if that leaves the folder `root`: data must not name files elsewhere.
+    (The files of a hub snapshot are links into its repository's folder, which counts as inside.)"""
+    path, top = (root / name).resolve(), root.resolve()
+    if not path.is_relative_to(top.parent.parent if top.parent.name == "snapshots" else top):
+        raise InputError(f"it leaves the folder {root}; --images names the folder that holds all images")
+    return path
 
 
 def load_data(path, images=None):
@@ -102,12 +121,12 @@ def _read_line(line, root, where, number):
                 and box[0] < box[2] and box[1] < box[3]):
             raise InputError(f"{where}: the field 'boxes' must be a list of [x1, y1, x2, y2] between 0 and 1000 with "
                              f"x1 < x2 and y1 < y2, not {boxes!r}")
-    image = root / row["image"]
     try:
-        with Image.open(image) as header:
+        image = inside(root, row["image"])
+        with open_image(image) as header:
             width, height = header.size
     except Exception as error:  # Pillow raises a dozen kinds for a broken file
-        raise InputError(f"{where}: the field 'image' names {image}, which cannot be read: {error}") from error
+        raise InputError(f"{where}: the field 'image' names {row['image']}, which cannot be read: {error}") from error
     if max(width, height) > MAX_RATIO * min(width, height):
         raise InputError(f"{where}: the field 'image' names {image}, which is {width} x {height}: Qwen3-VL takes images up to "
                          f"{MAX_RATIO} times as long as wide")
@@ -122,7 +141,7 @@ def _read_line(line, root, where, number):
         raise InputError(f"{where}: the field 'answer' is {answer!r}, which is not a number")
     question = "\n".join([row["question"].strip(), *(f"{letter}. {o}" for letter, o in zip(LETTERS, options))])
     return Example(image, question, answer, form, tuple(options), str(row.get("category", "")),
-                   str(row.get("id", number)), tuple(Box(*map(float, box)) for box in boxes))
+                   str(row.get("id", number)), tuple(Box(*map(float, box)) for box in boxes), (width, height))
 
 
 def _is_number(value):
@@ -159,6 +178,8 @@ def correct(answer, example):
     if example.answer_form == "na":
         given, true = number_in(answer), number_in(example.answer)
         return given is not None and abs(given - true) <= 1e-6 * max(1.0, abs(true))
+    if example.answer_form != "free_form":
+        raise InputError(f"the answer form {example.answer_form!r} of example {example.id} is unknown")
     return plain_words(answer) == plain_words(example.answer) != ""
 
 

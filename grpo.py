@@ -15,11 +15,16 @@ Shapes: Q questions, G samples a group, P prompt tokens, R response tokens, V vo
 T = the sum of a group's R, so every per-token tensor of a group is one flat (T,).
 """
 
+import math
+import sys
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch.utils.checkpoint import checkpoint
+
+from rollout import InputError
 
 # ---------------------------------------------------------------------------------------------
 # The algorithm: pure functions
@@ -87,11 +92,11 @@ class Row:
 def pack(prompt, responses, device="cpu"):
     """A rollout.Prompt and G response id tensors, each (R,), -> Row on `device`.
 
-    Raises ValueError for an empty response: the sampler never makes one.
+    Raises InputError for an empty group or response: the sampler never makes one.
     """
     lengths = [len(r) for r in responses]
     if not lengths or min(lengths) == 0:
-        raise ValueError(f"cannot train on responses of lengths {lengths}: each needs at least one token")
+        raise InputError(f"cannot train on responses of lengths {lengths}: each needs at least one token")
     P, targets = len(prompt.ids), torch.cat(list(responses))                    # (T,)
     owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))  # (T,) which response
     offset = torch.cat([torch.arange(n) for n in lengths])                      # (T,) 0 .. R-1 inside it
@@ -148,7 +153,8 @@ class MasterAdamW:
     """
 
     def __init__(self, model, lr, betas=(0.9, 0.999), weight_decay=0.01):
-        self.params = [p for p in model.parameters() if p.requires_grad]
+        self.names, self.params = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad))
+        self.broken = torch.zeros((), dtype=torch.bool, device=self.params[0].device)  # a gradient was not finite
         self.masters = [p.detach().clone().float() for p in self.params]
         self.settings = {"lr": lr, "betas": betas, "weight_decay": weight_decay,
                          "fused": self.params[0].is_cuda}
@@ -156,9 +162,9 @@ class MasterAdamW:
         for param, master in zip(self.params, self.masters):
             param.register_post_accumulate_grad_hook(self._collector(master))
 
-    @staticmethod
-    def _collector(master):
+    def _collector(self, master):
         def collect(param):
+            self.broken |= ~param.grad.isfinite().all()  # stays on the device: no waiting
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
             master.grad.add_(param.grad)
@@ -169,15 +175,64 @@ class MasterAdamW:
         """Forget the moments: each phase of the paper is a launch of its own. Weights stay."""
         self.adam = torch.optim.AdamW(self.masters, **self.settings)
 
-    @torch.no_grad()
-    def step(self, max_norm):
-        """Clip the gradient to `max_norm`, update masters, then weights. Returns the norm before."""
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, max_norm)
-        self.adam.step()
+    def discard(self):
+        """Forget the summed gradient: masters, moments and weights stay as they are. Returns NaN, as its norm."""
         self.adam.zero_grad()
+        self.broken.zero_()
+        return math.nan
+
+    def state(self):
+        """What a checkpoint holds of it, as {file: {name: tensor}}: masters, from which the weights follow, and moments."""
+        moments = {f"{name}.{key}": value for name, master in zip(self.names, self.masters)
+                   for key, value in self.adam.state.get(master, {}).items()}
+        return {"model": dict(zip(self.names, self.masters)), "optimizer": moments}
+
+    @torch.no_grad()
+    def load_masters(self, folder):
+        """Masters from a checkpoint, and the weights from them as `step` rounds them."""
+        read_into(folder / "model.safetensors", dict(zip(self.names, self.masters)))
+        self._round()
+
+    def load_moments(self, folder):
+        """Adam's moments from a checkpoint; lr and the like stay what this run was started with."""
+        with safe_open(folder / "optimizer.safetensors", "pt") as file:
+            for key in file.keys():  # none, if no update has succeeded yet
+                name, _, kind = key.rpartition(".")
+                master = self.masters[self.names.index(name)]
+                self.adam.state[master][kind] = file.get_tensor(key).to(master.device)
+
+    def _round(self):
         for param, master in zip(self.params, self.masters):
             param.copy_(master)  # rounds to the compute type
+
+    @torch.no_grad()
+    def step(self, max_norm):
+        """Clip the gradient to `max_norm`, update masters, then weights. Returns the norm before; if that
+        is not finite, nothing was updated."""
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, max_norm)
+        if norm.isfinite():
+            self.adam.step()
+        self.discard()
+        self._round()
         return norm.item()
+
+
+@torch.no_grad()
+def read_into(file, tensors):
+    """Copy a safetensors file into existing tensors {name: tensor}, one at a time."""
+    with safe_open(file, framework="pt") as stored:
+        for name, tensor in tensors.items():
+            tensor.copy_(stored.get_tensor(name))
+
+
+def peak_gib(device):
+    """Peak memory so far: of the GPU, or of the process on a CPU, in GiB."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    if sys.platform == "win32":
+        return None
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**(30 if sys.platform == "darwin" else 20)  # bytes or KiB
 
 
 def update_batch(policy, reference, optimizer, groups, advantages, *, banned, kl, clip, max_norm, updates=1):
@@ -188,9 +243,10 @@ def update_batch(policy, reference, optimizer, groups, advantages, *, banned, kl
     so its log-probs need no forward of their own, the ratio is 1 and the clip never acts.
     Returns the averages over all response tokens of the last pass: loss, kl, entropy, grad_norm,
     clip_fraction, and of the first: sampler_gap (mean |sampler's - trainer's log-prob|).
+    If a loss or a gradient is not finite nothing is updated: `nonfinite` lists the groups it came from.
     """
     tokens = sum(len(c.ids) for g in groups for c in g.completions)  # fixed before the loop
-    old, gap = {}, 0.0
+    old, gap, nonfinite = {}, 0.0, []
     policy.train()  # activation checkpointing; Qwen3-VL has no dropout
     for _ in range(updates):
         sums = dict.fromkeys(("loss", "kl", "entropy", "clip_fraction"), 0.0)
@@ -206,11 +262,17 @@ def update_batch(policy, reference, optimizer, groups, advantages, *, banned, kl
                 gap += (sampled - old[q]).abs().sum().item()
             loss = grpo_loss(logp, old[q], ref_logp, advantage, kl, clip, tokens)
             loss.backward()
+            if not loss.isfinite() or optimizer.broken:  # every gradient so far was finite, so it is this group's
+                nonfinite.append(q)
+                optimizer.broken.zero_()
             with torch.no_grad():
                 sums["loss"] += loss.item()
                 sums["kl"] += k3(logp, ref_logp).sum().item() / tokens
                 sums["entropy"] += entropy.sum().item() / tokens
                 outside = ((logp - old[q]).exp() - 1).abs() > clip
                 sums["clip_fraction"] += outside.sum().item() / tokens
-        sums["grad_norm"] = optimizer.step(max_norm)
-    return sums | {"sampler_gap": gap / tokens}
+        sums["grad_norm"] = optimizer.step(max_norm) if not nonfinite else optimizer.discard()
+        if not math.isfinite(sums["grad_norm"]):
+            nonfinite = nonfinite or list(range(len(groups)))  # finite gradients whose norm is not
+            break
+    return sums | {"sampler_gap": gap / tokens, "nonfinite": nonfinite}

@@ -34,8 +34,8 @@ Paper: arXiv 2607.01191. Where we depart from it or from the authors' code, and 
     where each phase is a launch of its own.
 10. Questions are drawn in shuffled passes over the data that run on across phases; the paper makes
     one pass a phase. At its sizes (10k questions, 156 steps of 64) that is the same to 0.2 %.
-11. Prompts have no length limit of their own: the pixel budget bounds them. Images below 4,096 px are
-    scaled up to it in both roles.
+11. Prompts that are too long, visual tokens counted, are refused before training (rollout.overlong; the
+    authors filter them without counting images). Images below 4,096 px are scaled up to it in both roles.
 12. Accuracy is measured as training samples: same budget and limits, greedy, no repetition penalty.
     (The authors evaluate at 4,194,304 px with penalty 1.05 and 256 / 1024 tokens.)
 """
@@ -43,9 +43,8 @@ Paper: arXiv 2607.01191. Where we depart from it or from the authors' code, and 
 import argparse
 import copy
 import dataclasses
-import json
+import itertools
 import random
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -55,15 +54,17 @@ import torch
 import transformers
 from tqdm import tqdm
 
+import checkpoint
 import eval as evaluation
 import grpo
 import toy
-from crop import parse_boxes, picture, violation
-from rollout import InputError, find_model, load, perceive, reason
+from crop import parse_boxes, tricks, violation
+from rollout import InputError, find_model, load, perceive, reason, refuse_overlong, waiting
 
 
-def setting(default, group, text):
-    return dataclasses.field(default=default, metadata={"group": group, "help": text})
+def setting(default, group, text, may_change=False):
+    """may_change: --resume may change it. No step so far depends on it, and config.json tells when it changed."""
+    return dataclasses.field(default=default, metadata={"group": group, "help": text, "may_change": may_change})
 
 
 @dataclass
@@ -72,30 +73,33 @@ class Settings:
     model: str = setting("", "what", "Qwen3-VL: a hub id or a folder; without it the embedded toy")
     data: str = setting("", "what", "training questions, JSONL (eval.py tells the fields)")
     eval_data: str = setting("", "what", "held-out questions, JSONL; without it accuracy is not measured")
-    images: str = setting("", "what", "folder that relative image paths start from; default: the data file's")
+    images: str = setting("", "what", "folder that relative image paths start from; default: the data file's", True)
     out: str = setting("", "what", "run folder; default: the first free runs/NAME-1, -2, ...")
 
-    iterations: int = setting(1, "schedule", "times perception + reasoning")
+    iterations: int = setting(1, "schedule", "times perception + reasoning", True)
     steps: int = setting(156, "schedule", "optimizer steps a phase")
     questions: int = setting(64, "schedule", "questions a step (Q)")
-    eval_every: int = setting(0, "schedule", "steps between measurements; 0: only before and after")
-    save_every: int = setting(50, "schedule", "steps between checkpoints; 0: only at the end")
-    sample_every: int = setting(10, "schedule", "steps between sample pictures; 0: none")
+    eval_every: int = setting(0, "schedule", "steps between measurements; 0: only before and after", True)
+    save_every: int = setting(10, "schedule", "steps between checkpoints, of which the newest two stay; 0: only at the end", True)
+    sample_every: int = setting(10, "schedule", "steps between sample pictures; 0: none", True)
     seed: int = setting(0, "schedule", "of the data order and the sampler")
 
     group: int = setting(8, "algorithm", "samples a question (G)")
-    lr: float = setting(1e-6, "algorithm", "learning rate, constant")
+    lr: float = setting(1e-6, "algorithm", "learning rate, constant", True)
     kl: float = setting(0.01, "algorithm", "coefficient of the KL to the frozen copy; 0 switches it off")
     clip: float = setting(0.2, "algorithm", "the ratio is clipped to 1 +- this; acts only from the second update on")
     updates: int = setting(1, "algorithm", "optimizer steps on each batch")
-    weight_decay: float = setting(0.01, "algorithm", "of AdamW, betas are 0.9 and 0.999")
-    max_grad_norm: float = setting(1.0, "algorithm", "the gradient is scaled down to this norm")
+    weight_decay: float = setting(0.01, "algorithm", "of AdamW, betas are 0.9 and 0.999", True)
+    max_grad_norm: float = setting(1.0, "algorithm", "the gradient is scaled down to this norm", True)
+    strict_boxes: bool = setting(False, "algorithm", "whole-image, nested, more than three or unparsable boxes earn 0 in the "
+                                 "perception phase; the paper lets them be")
 
     max_pixels: int = setting(2_097_152, "limits", "pixel budget of every image the model sees, crops too")
     perceive_tokens: int = setting(1024, "limits", "longest Perceiver response")
     reason_tokens: int = setting(2048, "limits", "longest Reasoner response")
+    text_tokens: int = setting(512, "limits", "room for a prompt's text, beside its images at full budget")
     rollout_batch: int = setting(2, "limits", "questions sampled together, G rows each; partner and evaluation use as many "
-                                 "rows. At 2B a row's cache takes 112 KiB a token")
+                                 "rows. At 2B a row's cache takes 112 KiB a token", True)
 
     def check(self):
         """Raises InputError for the first setting that cannot work."""
@@ -104,7 +108,7 @@ class Settings:
         if self.group < 2:
             raise InputError(f"--group {self.group}: GRPO compares the samples of a group, so it needs at least 2")
         for name in ("iterations", "steps", "questions", "updates", "max_pixels", "perceive_tokens",
-                     "reason_tokens", "rollout_batch", "lr", "clip", "max_grad_norm"):
+                     "reason_tokens", "text_tokens", "rollout_batch", "lr", "clip", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} must be more than 0")
 
@@ -132,6 +136,7 @@ class Rollouts:
     parsed: list              # crop.Parsed of every perceiver output of the batch
     scores: list              # eval.Score of every reasoner output of the batch
     void: int                 # rollouts that earned 0 by their boxes alone
+    unearned: int             # unparsable box lists that earned what the plain image earns
     partner_calls: int        # prompts that the frozen partner answered
     seconds_partner: float
     shown: tuple              # (example, boxes, perceiver's text, reasoner's text, reward) of one rollout
@@ -145,19 +150,20 @@ def perception(play, batch, s, generator):
     parsed = [[play.read_boxes(c.text) for c in group.completions] for group in groups]  # Q rows of G
     # The partner is greedy, so equal boxes get equal answers: each distinct evidence is asked once.
     # (Labels never reach it; the order of the boxes does.) Void rollouts earn 0 and need no answer.
-    cases = {evidence(q, p): (batch[q], p.boxes) for q, row in enumerate(parsed) for p in row if not violation(p.boxes)}
+    void = [[violation(p.boxes) or (s.strict_boxes and ", ".join(sorted(tricks(p)))) for p in row] for row in parsed]
+    cases = {evidence(q, p): (batch[q], p.boxes) for q, row in enumerate(parsed) for p, why in zip(row, void[q]) if not why}
     answers = reason(play.frozen, play.codec, waiting(cases.values(), "frozen reasoner"), greedy=True,
                      max_tokens=s.reason_tokens, batch=s.rollout_batch * s.group)
-    texts = {key: group.completions[0].text for key, group in zip(cases, answers)}
-    scores = {key: play.score(text, batch[key[0]]) for key, text in texts.items()}
-    rewards = torch.tensor([[0.0 if violation(p.boxes) else scores[evidence(q, p)].reward for p in row]
+    texts = {key: group.completions[0] for key, group in zip(cases, answers)}
+    scores = {key: play.score(c.text, batch[key[0]]) for key, c in texts.items()}
+    rewards = torch.tensor([[0.0 if why else scores[evidence(q, p)].reward for p, why in zip(row, void[q])]
                             for q, row in enumerate(parsed)])                            # (Q, G)
     seconds = time.perf_counter() - start
-    flat, first = [p for row in parsed for p in row], parsed[0][0]
-    shown = (batch[0], first.boxes, groups[0].completions[0].text,
-             texts.get(evidence(0, first), f"(not asked: {violation(first.boxes)})"), rewards[0, 0].item())
-    return Rollouts(groups, rewards, flat, list(scores.values()), sum(bool(violation(p.boxes)) for p in flat),
-                    len(cases), seconds, shown)
+    flat, first = [p for row in parsed for p in row], evidence(0, parsed[0][0])
+    shown = (batch[0], parsed[0][0].boxes, groups[0].completions[0],
+             f"(not asked: {void[0][0]})" if void[0][0] else texts[first], rewards[0, 0].item())
+    unearned = sum(reward > 0 and not p.parsable for p, reward in zip(flat, rewards.flatten().tolist()))
+    return Rollouts(groups, rewards, flat, list(scores.values()), sum(map(bool, sum(void, []))), unearned, len(cases), seconds, shown)
 
 
 def evidence(q, parsed):
@@ -171,18 +177,17 @@ def reasoning(play, batch, s, generator):
     new = [example for example in dict.fromkeys(batch) if example not in play.fixed]
     found = perceive(play.frozen, play.codec, waiting(new, "frozen perceiver"), greedy=True,
                      max_tokens=s.perceive_tokens, batch=s.rollout_batch * s.group)
-    for example, group in zip(new, found):
-        text = group.completions[0].text
-        play.fixed[example] = text, play.read_boxes(text)
+    texts = [group.completions[0].text for group in found]  # all of them before any is kept: an image may fail
+    play.fixed.update((example, (text, play.read_boxes(text))) for example, text in zip(new, texts))
     seconds = time.perf_counter() - start
     cases = [(example, play.fixed[example][1].boxes) for example in batch]
     groups = list(reason(play.policy, play.codec, waiting(cases, "sampling answers"), group=s.group,
                          max_tokens=s.reason_tokens, batch=s.rollout_batch, generator=generator))
     scores = [[play.score(c.text, example) for c in group.completions] for example, group in zip(batch, groups)]
     rewards = torch.tensor([[score.reward for score in row] for row in scores])          # (Q, G)
-    shown = (*cases[0], play.fixed[batch[0]][0], groups[0].completions[0].text, rewards[0, 0].item())
+    shown = (*cases[0], play.fixed[batch[0]][0], groups[0].completions[0], rewards[0, 0].item())
     return Rollouts(groups, rewards, [play.fixed[example][1] for example in batch],
-                    [score for row in scores for score in row], 0, len(new), seconds, shown)
+                    [score for row in scores for score in row], 0, 0, len(new), seconds, shown)
 
 
 PHASES = {"perception": perception, "reasoning": reasoning}
@@ -192,12 +197,12 @@ PHASES = {"perception": perception, "reasoning": reasoning}
 # The alternating loop
 
 
-def train(s, read_boxes=parse_boxes, score=evaluation.score):
-    """Run PRA-GRPO with Settings `s`. Returns the run folder.
+def train(s, read_boxes=parse_boxes, score=evaluation.score, resume=False):
+    """Run PRA-GRPO with Settings `s`; with `resume`, go on with the run in the folder s.out. Returns the run folder.
 
     read_boxes: text -> crop.Parsed. score: (text, example) -> eval.Score. Another reward or another
     box format is another function here; tests and benchmarks inject theirs the same way.
-    Raises InputError for input that the user can mend: all but broken pixels before the first step.
+    Raises InputError for what the user can mend, after saving if it happens in the loop; a reward is never invented.
     """
     s.check()
     examples = evaluation.load_data(s.data, s.images)
@@ -206,60 +211,94 @@ def train(s, read_boxes=parse_boxes, score=evaluation.score):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy, codec = load(source, s.max_pixels, device)
     codec.check(example.question for example in examples + held_out)
-    run = new_run_folder(s)
+    refuse_overlong(codec, examples + held_out, s.text_tokens, max(s.perceive_tokens, s.reason_tokens))
+    run = Path(s.out) if resume else checkpoint.new_run_folder(s)
     # Activation checkpointing on language and vision layers; transformers renamed the switch in 5.2x.
     checkpointing = getattr(policy, "activation_checkpointing_enable", None) or policy.gradient_checkpointing_enable
     checkpointing({"use_reentrant": False})
     optimizer = grpo.MasterAdamW(policy, s.lr, weight_decay=s.weight_decay)
+    last, state = checkpoint.go_on(run, s, examples) if resume else (None, {})
+    step, report, bad_steps = state.get("step", 0), state.get("report", {}), state.get("bad_steps", 0)
+    if last:
+        optimizer.load_masters(last)
+    total = s.iterations * len(PHASES) * s.steps
 
     def measure():
         return evaluation.evaluate(policy, codec, held_out, perceive_tokens=s.perceive_tokens,
                                    reason_tokens=s.reason_tokens, batch=s.rollout_batch * s.group)
 
-    report = {}
+    def save():
+        """All that the next step depends on, beside what `draw` and the sampler's seed derive from its number."""
+        tensors, fixed = optimizer.state(), {}
+        if step % s.steps:
+            tensors["frozen"] = dict(frozen.named_parameters())
+            fixed = {place: play.fixed[example][0] for place, example in enumerate(examples) if example in play.fixed}
+        else:
+            del tensors["optimizer"]  # the next phase starts with a frozen copy, boxes and moments of its own
+        checkpoint.save(run, source, tensors, dict(
+            step=step, iteration=iteration, phase=phase, settings=dataclasses.asdict(s), data=checkpoint.data_key(examples),
+            fixed=fixed, report=report, bad_steps=bad_steps, random=checkpoint.random_state()))
+
+    print(checkpoint.disk_use(run, policy))
     if held_out:
-        report = {"before": measure(), "during": []}
-        write_json(run / "eval.json", report)
-    step, total = 0, s.iterations * len(PHASES) * s.steps
-    bar = tqdm(total=total, unit="step")
-    for iteration in range(1, s.iterations + 1):
-        for phase, collect in PHASES.items():
+        report = report or {"before": measure(), "during": []}
+        checkpoint.write_json(run / "eval.json", report)
+    with checkpoint.kept(run, save) as asked_to_stop, tqdm(total=total, initial=step, unit="step") as bar:
+        end = 0
+        for iteration, phase in itertools.product(range(1, s.iterations + 1), PHASES):
+            end += s.steps
+            if step >= end:
+                continue  # this phase was over before the run was resumed
             # One frozen copy for the whole phase: it plays the other role and anchors the KL.
             frozen = copy.deepcopy(policy).eval().requires_grad_(False)
             play = Players(policy, frozen, codec, read_boxes, score, fixed={})
             optimizer.reset()
+            if step % s.steps:  # resumed inside this phase
+                grpo.read_into(last / "frozen.safetensors", dict(frozen.named_parameters()))
+                optimizer.load_moments(last)
+                play.fixed = {examples[int(i)]: (text, read_boxes(text)) for i, text in state["fixed"].items()}
             bar.set_description(f"iteration {iteration} {phase}")
-            for _ in range(s.steps):
+            while step < end:
+                due = held_out and s.eval_every and step > 0 and step % s.eval_every == 0
+                if due and step not in [row["step"] for row in report["during"]]:
+                    report["during"].append({"step": step, **measure()})
+                    checkpoint.write_json(run / "eval.json", report)
                 start = time.perf_counter()
                 batch = draw(examples, step, s)
                 generator = torch.Generator(device).manual_seed(s.seed * 1_000_003 + step)
-                rollouts = collect(play, batch, s, generator)
+                rollouts = PHASES[phase](play, batch, s, generator)
                 sampled = time.perf_counter()
                 update = grpo.update_batch(
                     policy, frozen, optimizer, rollouts.groups, grpo.group_advantages(rollouts.rewards),
                     banned=codec.banned, kl=s.kl, clip=s.clip, max_norm=s.max_grad_norm, updates=s.updates)
                 step += 1
-                metrics = {"step": step, "iteration": iteration, "phase": phase, **summary(rollouts), **update,
+                update["nonfinite"] = bad = [batch[q].id for q in update["nonfinite"]]
+                bad_steps = bad_steps + 1 if bad else 0  # in a row
+                metrics = {"step": step, "iteration": iteration, "phase": phase, **summary(rollouts), **update, "skipped": int(bool(bad)),
                            "seconds_rollout": sampled - start - rollouts.seconds_partner,
                            "seconds_partner": rollouts.seconds_partner, "seconds_update": time.perf_counter() - sampled,
-                           "peak_gib": peak_gib(device), "lr": s.lr}
+                           "peak_gib": grpo.peak_gib(device), "lr": s.lr}
                 metrics["tokens_per_s"] = metrics["tokens"] / metrics["seconds_rollout"]
-                log(run, metrics)
+                checkpoint.append_json(run / "metrics.jsonl", metrics)
                 if s.sample_every and (step == 1 or step % s.sample_every == 0):
-                    save_sample(run, step, phase, *rollouts.shown)
+                    checkpoint.save_sample(run, step, phase, *rollouts.shown)
                 bar.set_postfix(reward=f"{metrics['reward_mean']:.2f}", kl=f"{metrics['kl']:.3f}")
                 bar.update()
-                if s.save_every and step % s.save_every == 0 and step < total:
-                    save_model(policy, source, run / "checkpoint")
-                if held_out and s.eval_every and step % s.eval_every == 0 and step < total:
-                    report["during"].append({"step": step, **measure()})
-                    write_json(run / "eval.json", report)
+                if bad:
+                    tqdm.write(f"step {step} updated nothing: loss or gradient is not finite for question {', '.join(bad)}")
+                if bad_steps >= 3:
+                    raise InputError(f"{bad_steps} updates in a row were not finite: look at question {', '.join(bad)}, or lower --lr")
+                if step == total or asked_to_stop or (s.save_every and step % s.save_every == 0):
+                    save()
+                if asked_to_stop:
+                    sys.exit(128 + asked_to_stop[0])
             del play, frozen  # before the next copy is made
-    bar.close()
-    save_model(policy, source, run / "final")
+        if held_out:
+            report["after"] = measure()
+            checkpoint.write_json(run / "eval.json", report)
+        checkpoint.save_model(policy, source, run / "final")
+        checkpoint.finish(run, step)
     if held_out:
-        report["after"] = measure()
-        write_json(run / "eval.json", report)
         evaluation.print_table(report)
     print(f"run folder: {run} (metrics.jsonl, samples/, final/)")
     return run
@@ -277,10 +316,6 @@ def draw(examples, step, s):
     return [orders[place // len(examples)][place % len(examples)] for place in places]
 
 
-# ---------------------------------------------------------------------------------------------
-# Log, pictures, checkpoints
-
-
 def summary(rollouts):
     """The metrics of one batch's rollouts; README.md says what each one tells."""
     completions = [c for group in rollouts.groups for c in group.completions]
@@ -296,72 +331,12 @@ def summary(rollouts):
         "unparsable": mean(not p.parsable for p in rollouts.parsed),
         "unanswered": mean(not score.answered for score in rollouts.scores),
         "void": rollouts.void / len(completions),
+        **{f"boxes_{name}": mean(name in tricks(p) for p in rollouts.parsed) for name in ("whole", "nested", "many")},
+        "unparsable_rewarded": rollouts.unearned / len(completions),
         "boxes": len(boxes) / len(rollouts.parsed),
         "box_area": mean((b.x2 - b.x1) * (b.y2 - b.y1) / 1e6 for b in boxes),
         "partner_calls": rollouts.partner_calls,
     }
-
-
-def waiting(items, text):
-    """A progress bar for what takes longer than a few seconds; it leaves no trace."""
-    return tqdm(list(items), text, leave=False, delay=5, unit="prompt")
-
-
-def peak_gib(device):
-    """Peak memory so far: of the GPU, or of the process on a CPU, in GiB."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    if sys.platform == "win32":
-        return None
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**(30 if sys.platform == "darwin" else 20)  # bytes or KiB
-
-
-def log(run, metrics):
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(metrics) + "\n")
-
-
-def write_json(path, value):
-    path.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def save_sample(run, step, phase, example, boxes, perceived, reasoned, reward):
-    texts = [("perceiver", perceived), ("reasoner", reasoned), ("truth", example.answer), ("reward", f"{reward:g}")]
-    (run / "samples").mkdir(exist_ok=True)
-    picture(example.load_image(), boxes, example.question, texts).save(run / "samples" / f"{step:05d}-{phase}.png")
-
-
-WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".index.json", ".gguf", ".h5", ".msgpack", ".onnx")
-
-
-def save_model(policy, source, folder):
-    """bf16 weights and every other file of the original folder: from_pretrained and vLLM can load it."""
-    new = folder.with_name(folder.name + ".new")
-    shutil.rmtree(new, ignore_errors=True)
-    weights = {name: p.detach().to(torch.bfloat16) for name, p in policy.named_parameters()}  # tied ones once
-    policy.save_pretrained(new, state_dict=weights)
-    for file in Path(source).rglob("*"):
-        place = file.relative_to(source)
-        if file.is_file() and not file.name.endswith(WEIGHT_FILES) and not place.parts[0].startswith("."):
-            (new / place).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, new / place)
-    shutil.rmtree(folder, ignore_errors=True)
-    new.rename(folder)  # a killed run leaves the old one or the new one, never half of one
-
-
-def new_run_folder(s):
-    """Make the run folder and write config.json. Raises InputError rather than mix two runs."""
-    if s.out:
-        run = Path(s.out)
-    else:
-        run = next(path for i in range(1, sys.maxsize) if not (path := Path(f"runs/{Path(s.model).name}-{i}")).exists())
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
-        raise InputError(f"--out {run} already exists and is not empty: choose another folder")
-    run.mkdir(parents=True, exist_ok=True)
-    write_json(run / "config.json", dataclasses.asdict(s) | {
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__}})
-    return run
 
 
 def main(arguments=None):
@@ -370,16 +345,23 @@ def main(arguments=None):
     groups = {}
     for field in dataclasses.fields(Settings):
         group = field.metadata["group"]
+        kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
         groups.setdefault(group, parser.add_argument_group(group)).add_argument(
-            "--" + field.name.replace("_", "-"), type=field.type, default=argparse.SUPPRESS,
+            "--" + field.name.replace("_", "-"), **kind, default=argparse.SUPPRESS,
             help=f"{field.metadata['help']} (default: {'none' if field.default == '' else field.default})".replace("%", "%%"))
+    parser.add_argument("--resume", metavar="RUN", help="go on with this run folder; README.md lists the flags that may change")
     explicit = vars(parser.parse_args(arguments))
+    resume = explicit.pop("resume")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        settings = Settings(**((toy.defaults() if "model" not in explicit else {}) | explicit))
+        settings = (checkpoint.settings_of(resume, Settings, explicit) if resume else
+                    Settings(**((toy.defaults() if "model" not in explicit else {}) | explicit)))
+        if resume and checkpoint.finished(settings.out) == settings.iterations * len(PHASES) * settings.steps:
+            print(f"{resume} is finished: its weights are in {resume}/final (a larger --iterations would train it further)")
+            return 0
         print("\n".join(f"{name:16} {value}" for name, value in dataclasses.asdict(settings).items()))
-        train(settings)
+        train(settings, **({"resume": True} if resume else {}))
     except InputError as error:
         print(f"p2r_min.py: {error}", file=sys.stderr)
         return 2

@@ -24,10 +24,12 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
+from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, DynamicCache, Qwen2VLImageProcessorPil
 from transformers import Qwen3VLForConditionalGeneration
 
-from crop import PLACEHOLDER, gather
+from crop import MAX_CROPS, PLACEHOLDER, gather
+
 
 class InputError(ValueError):
     """Something a user can mend. The message is one sentence; the programs print it and exit with 2."""
@@ -76,9 +78,39 @@ def reasoner_prompt(codec, image, boxes, question, answer_form):
     the baseline "think and answer on the plain image".
     """
     annotated, crops = gather(image, boxes)
+    if answer_form not in FORMS:
+        raise InputError(f"the answer form {answer_form!r} is unknown; there are {', '.join(FORMS)}")
     text = REASONER.format(regions=REGIONS if boxes else "", question=question,
                            form=FORMS[answer_form])
     return codec.encode(text, [annotated, *crops])
+
+
+def overlong(codec, examples, text_tokens, response_tokens):
+    """The examples whose prompts are too long: a list of (example, tokens, limit). No pixels are read.
+
+    With V = the pixel budget in visual tokens, the Perceiver's prompt has room for V + text_tokens, the Reasoner's (image
+    and three crops) for 4 V + text_tokens, visual tokens counted (crops as V), and prompt + response for the model's positions.
+    At the paper's budget V = 2048: the default of 512 gives its limits, 2560 and 8704.
+    """
+    budget, found = codec.size["longest_edge"] // codec.token_side**2, {}
+    for e in examples:
+        reasoner = REASONER.format(regions=REGIONS, question=e.question, form=FORMS[e.answer_form])
+        for text, crops in ((PERCEIVER.format(question=e.question), 0), (reasoner, MAX_CROPS)):
+            words = len(codec.tokenizer(codec.render(text, 0), add_special_tokens=False)["input_ids"]) + 2  # around the image
+            tokens = words + codec.visual_tokens(*e.size) + crops * (budget + 2)
+            limit = min((1 + crops) * budget + text_tokens, codec.positions - response_tokens)
+            if tokens > limit:
+                found[e] = tokens, limit
+    return [(e, *numbers) for e, numbers in found.items()]
+
+
+def refuse_overlong(codec, examples, text_tokens, response_tokens):
+    """Raises InputError that counts the prompts which are too long and lists the first ten."""
+    found = overlong(codec, examples, text_tokens, response_tokens)
+    if found:
+        names = ", ".join(f"{e.id} ({tokens} tokens, {limit} allowed)" for e, tokens, limit in found[:10])
+        raise InputError(f"{len(found)} of {len(examples)} questions make prompts that are too long: {names}"
+                         f"{', ...' * (len(found) > 10)}; shorten them, leave them out, or raise --text-tokens")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -102,6 +134,10 @@ class Completion:
     ended: bool          # False: cut off by the token limit
     text: str
 
+    def __str__(self):
+        """The text as people are shown it."""
+        return self.text + ("" if self.ended else " [cut off by the token limit]")
+
 
 @dataclass
 class Group:
@@ -119,7 +155,7 @@ class Codec:
     """
 
     def __init__(self, folder, model, max_pixels, min_pixels=4096):
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if self.tokenizer.chat_template is None:  # some repositories keep it beside the tokenizer
             template = Path(folder, "chat_template.json")
             if not template.is_file():
@@ -131,10 +167,10 @@ class Codec:
         self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
         vision = model.config.vision_config
         self.merge = vision.spatial_merge_size
-        token_side = vision.patch_size * self.merge
-        if max_pixels < token_side**2:
+        self.token_side = side = vision.patch_size * self.merge
+        if max_pixels < side**2:
             raise InputError(f"--max-pixels {max_pixels} is smaller than one visual token of this model, which "
-                             f"covers {token_side} x {token_side} = {token_side**2} pixels; raise it")
+                             f"covers {side} x {side} = {side**2} pixels; raise it")
         self.size = {"shortest_edge": min(min_pixels, max_pixels), "longest_edge": max_pixels}  # areas!
         self.image_token = self.tokenizer.convert_ids_to_tokens(model.config.image_token_id)
         self.image_token_id = model.config.image_token_id
@@ -148,6 +184,7 @@ class Codec:
         ends = set(ends if isinstance(ends, list) else [ends]) | {self.tokenizer.eos_token_id}
         self.stop_ids = torch.tensor(sorted(ends - {None}))
         self.position_ids = model.model.get_rope_index  # the library's own M-RoPE; reads the config only
+        self.positions = model.config.get_text_config().max_position_embeddings
         self.dtype = model.dtype
 
     def check(self, questions):
@@ -159,10 +196,7 @@ class Codec:
     def encode(self, text, images):
         """One user turn of images, then text -> Prompt. Raises InputError as `check` does."""
         self.check([text])
-        content = [{"type": "image"}] * len(images) + [{"type": "text", "text": text}]
-        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
-        rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        pieces = rendered.split(self.image_token)
+        pieces = self.render(text, len(images)).split(self.image_token)
         vision = self.image_processor(images=images, size=self.size, return_tensors="pt")
         counts = (vision["image_grid_thw"].prod(dim=1) // self.merge**2).tolist()  # visual tokens per image
         expanded = pieces[0] + "".join(self.image_token * n + piece for n, piece in zip(counts, pieces[1:]))
@@ -171,6 +205,18 @@ class Codec:
             ids[None], mm_token_type_ids=(ids == self.image_token_id).int()[None],
             image_grid_thw=vision["image_grid_thw"])
         return Prompt(ids, positions[:, 0], vision["pixel_values"].to(self.dtype), vision["image_grid_thw"])
+
+    def render(self, text, images):
+        """One user turn -> the chat template's text, with one image token for each image."""
+        content = [{"type": "image"}] * images + [{"type": "text", "text": text}]
+        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    def visual_tokens(self, width, height):
+        """Visual tokens of an image of this size, by the library's own arithmetic."""
+        patches = self.image_processor.get_number_of_image_patches(height, width, {
+            "min_pixels": self.size["shortest_edge"], "max_pixels": self.size["longest_edge"]})
+        return patches // self.merge**2
 
     def decode(self, ids):
         """Token ids -> text without special tokens."""
@@ -200,10 +246,12 @@ def load(folder, max_pixels, device="cpu"):
         raise InputError(f"{folder} is not a model folder: it has no config.json")
     dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     try:
-        kind = AutoConfig.from_pretrained(folder).model_type
+        kind = AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type
         if kind != "qwen3_vl":
             raise InputError(f"{folder} holds a {kind} model; this code knows Qwen3-VL only")
-        model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+        # Safetensors only: pickled weights (.bin, .pt) could run code. They are never opened.
+        model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa",
+                                                                use_safetensors=True)
         codec = Codec(folder, model, max_pixels)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         if isinstance(error, InputError):
@@ -251,6 +299,9 @@ def _sample_chunk(model, codec, prompts, group, greedy, max_tokens, generator):
     inputs = collate(prompts, device)
     cache = DynamicCache(config=model.config.get_text_config())
     logits = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]  # (Q, V)
+    if logits.isnan().any():
+        raise InputError("the model's output is not a number for one of these prompts: its weights are damaged, or an image "
+                         "overflows its number format")
     cache.batch_repeat_interleave(group)
     logits = logits.repeat_interleave(group, dim=0)                              # (QG, V)
     mask = inputs["attention_mask"].repeat_interleave(group, dim=0)              # (QG, P)
@@ -303,6 +354,11 @@ def reason(model, codec, cases, **how):
     """(example, boxes) pairs -> one Group of answers (as text) each. `how` goes to `sample`."""
     return sample(model, codec, ahead(lambda case: reasoner_prompt(
         codec, case[0].load_image(), case[1], case[0].question, case[0].answer_form), cases), **how)
+
+
+def waiting(items, text):
+    """A progress bar for what takes longer than a few seconds; it leaves no trace."""
+    return tqdm(list(items), text, leave=False, delay=5, unit="prompt")
 
 
 def ahead(make, items, depth=16):
