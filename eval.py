@@ -17,7 +17,7 @@ Data is JSONL, one example a line:
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,7 +44,7 @@ class Example:
     category: str = ""
     id: str = ""
     boxes: tuple = ()     # of Box; only ever used to measure
-    size: tuple = ()      # (width, height) of the image, from its header
+    size: tuple = field(default=(), compare=False)  # (width, height) of the image, from its header
 
     def load_image(self):
         """The image at its original resolution, upright, as RGB. Raises InputError."""
