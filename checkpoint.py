@@ -45,7 +45,7 @@ def replacing(path):
     shutil.rmtree(new, ignore_errors=True)
     try:
         yield new
-        for part in (new, *new.rglob("*"), path.parent):
+        for part in (new, *new.rglob("*"), path.parent) if os.name == "posix" else ():  # Windows cannot flush a folder
             handle = os.open(part, os.O_RDONLY)
             os.fsync(handle)
             os.close(handle)
@@ -202,8 +202,11 @@ def go_on(run, s, examples):
         raise InputError(f"--data {s.data} no longer holds the questions that {run} began with: put them back, or start a new run")
     config, new = json.loads((run / "config.json").read_text()), dataclasses.asdict(s)
     changed = {name: [config.get(name), value] for name, value in new.items() if config.get(name) != value}
-    write_json(run / "config.json", config | new | {"resumed": [*config.get("resumed", []), {"step": step, "changed": changed}]})
-    write_text(log, "".join(log.read_text().splitlines(keepends=True)[:step]) if log.exists() else "")  # one line a step
+    try:
+        write_json(run / "config.json", config | new | {"resumed": [*config.get("resumed", []), {"step": step, "changed": changed}]})
+        write_text(log, "".join(log.read_text().splitlines(keepends=True)[:step]) if log.exists() else "")  # one line a step
+    except OSError as error:
+        raise InputError(f"cannot write to {run}: {error.strerror}; it is as it was") from error
     if last:
         set_random_state(state["random"])
     print(f"resuming {run} after step {step}" if last else f"{run} has no checkpoint yet: starting over")
@@ -236,7 +239,7 @@ def set_random_state(state):
 def disk_use(run, policy):
     """One sentence on what checkpoints will take."""
     size = sum(p.numel() * (12 + p.element_size()) for p in policy.parameters()) / 2**30  # masters, two moments, frozen copy
-    return (f"checkpoints: up to {size:.2f} GiB each, the newest two are kept (a third while it is written); "
+    return (f"checkpoints: up to {size:.2g} GiB each, the newest two are kept (a third while it is written); "
             f"{shutil.disk_usage(run).free / 2**30:.1f} GiB are free")
 
 

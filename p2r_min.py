@@ -15,7 +15,7 @@ one role is sampled and trained with GRPO while a frozen copy of the model plays
             reasoning:  frozen perceiver gives boxes; sample G answers;         reward = is it right
             update the model with GRPO on the sampled tokens
 
-Read in this order: p2r_min.py, rollout.py, crop.py, grpo.py, eval.py, toy.py.
+Read in this order: p2r_min.py, rollout.py, crop.py, grpo.py, eval.py, toy.py; checkpoint.py when a run is lost.
 
 Paper: arXiv 2607.01191. Where we depart from it or from the authors' code, and why:
  1. One process. The sampler, the frozen partner and the trainer share one GPU and take turns, so
@@ -63,7 +63,7 @@ from rollout import InputError, find_model, load, perceive, reason, refuse_overl
 
 
 def setting(default, group, text, may_change=False):
-    """may_change: --resume may change it. No step so far depends on it, and config.json tells when it changed."""
+    """may_change: --resume may change it, and config.json will tell when. All other settings stay what they were."""
     return dataclasses.field(default=default, metadata={"group": group, "help": text, "may_change": may_change})
 
 
@@ -240,11 +240,11 @@ def train(s, read_boxes=parse_boxes, score=evaluation.score, resume=False):
             fixed=fixed, report=report, bad_steps=bad_steps, random=checkpoint.random_state()))
 
     print(checkpoint.disk_use(run, policy))
-    if held_out:
-        report = report or {"before": measure(), "during": []}
-        checkpoint.write_json(run / "eval.json", report)
+    iteration, phase, end = 1, "perception", 0
     with checkpoint.kept(run, save) as asked_to_stop, tqdm(total=total, initial=step, unit="step") as bar:
-        end = 0
+        if held_out:
+            report = report or {"before": measure(), "during": []}
+            checkpoint.write_json(run / "eval.json", report)
         for iteration, phase in itertools.product(range(1, s.iterations + 1), PHASES):
             end += s.steps
             if step >= end:
@@ -348,8 +348,9 @@ def main(arguments=None):
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
         groups.setdefault(group, parser.add_argument_group(group)).add_argument(
             "--" + field.name.replace("_", "-"), **kind, default=argparse.SUPPRESS,
-            help=f"{field.metadata['help']} (default: {'none' if field.default == '' else field.default})".replace("%", "%%"))
-    parser.add_argument("--resume", metavar="RUN", help="go on with this run folder; README.md lists the flags that may change")
+            help=f"{field.metadata['help']} (default: {'none' if field.default == '' else field.default}"
+                 f"{'; --resume may change it' if field.metadata['may_change'] else ''})".replace("%", "%%"))
+    parser.add_argument("--resume", metavar="RUN", help="go on with this run folder; see below which flags may change")
     explicit = vars(parser.parse_args(arguments))
     resume = explicit.pop("resume")
     transformers.logging.set_verbosity_error()

@@ -209,6 +209,8 @@ def test_what_a_checkpoint_holds(folder, data, tmp_path):
     assert {t.dtype for t in masters.values()} == {torch.float32} and {float(moments[f"{n}.step"]) for n in masters} == {2.0}
     assert not torch.equal(torch.cat([t.flatten() for t in masters.values()]),
                            torch.cat([t.flatten() for t in load_file(inside / "frozen.safetensors").values()]))
+    told = float(re.search(r"up to (\S+) GiB", checkpoint.disk_use(run, rollout.load(folder, 4096)[0]))[1])
+    assert told == pytest.approx(sum(path.stat().st_size for path in inside.glob("*.safetensors")) / 2**30, rel=0.1)
     assert not (switch / "optimizer.safetensors").exists() and not (switch / "frozen.safetensors").exists()
     model = Qwen3VLForConditionalGeneration.from_pretrained(inside, dtype=torch.float32)
     assert all(torch.equal(p, masters[name]) for name, p in model.named_parameters())
