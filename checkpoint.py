@@ -165,7 +165,9 @@ def new_run_folder(s):
     return run
 
 
-FIXED = {  # why --resume may not change a setting, by the setting's group
+# What --resume may change. config.json notes when; rollout_batch changes the draws, not what they are drawn from.
+MAY_CHANGE = {"lr", "weight_decay", "max_grad_norm", "iterations", "rollout_batch", "eval_every", "save_every", "sample_every", "images"}
+FIXED = {  # why it may not change any other setting, by the setting's group
     "what": "a run is one model on one set of questions",
     "schedule": "the phases and the order of the questions follow from it",
     "algorithm": "the steps before and after would belong to two algorithms",
@@ -182,7 +184,7 @@ def settings_of(run, kind, flags):
     values = {field.name: config.get(field.name, field.default) for field in dataclasses.fields(kind)} | {"out": str(run)}
     for field in dataclasses.fields(kind):
         old, new = values[field.name], flags.get(field.name, values[field.name])
-        if new != old and not field.metadata["may_change"]:
+        if new != old and field.name not in MAY_CHANGE:
             raise InputError(f"--{field.name.replace('_', '-')} cannot change from {old} to {new} on --resume: "
                              f"{FIXED[field.metadata['group']]}; start a new run")
     return kind(**values | flags)

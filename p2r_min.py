@@ -62,9 +62,8 @@ from crop import parse_boxes, tricks, violation
 from rollout import InputError, find_model, load, perceive, reason, refuse_overlong, waiting
 
 
-def setting(default, group, text, may_change=False):
-    """may_change: --resume may change it, and config.json will tell when. All other settings stay what they were."""
-    return dataclasses.field(default=default, metadata={"group": group, "help": text, "may_change": may_change})
+def setting(default, group, text):
+    return dataclasses.field(default=default, metadata={"group": group, "help": text})
 
 
 @dataclass
@@ -73,24 +72,24 @@ class Settings:
     model: str = setting("", "what", "Qwen3-VL: a hub id or a folder; without it the embedded toy")
     data: str = setting("", "what", "training questions, JSONL (eval.py tells the fields)")
     eval_data: str = setting("", "what", "held-out questions, JSONL; without it accuracy is not measured")
-    images: str = setting("", "what", "folder that relative image paths start from; default: the data file's", True)
+    images: str = setting("", "what", "folder that relative image paths start from; default: the data file's")
     out: str = setting("", "what", "run folder; default: the first free runs/NAME-1, -2, ...")
 
-    iterations: int = setting(1, "schedule", "times perception + reasoning", True)
+    iterations: int = setting(1, "schedule", "times perception + reasoning")
     steps: int = setting(156, "schedule", "optimizer steps a phase")
     questions: int = setting(64, "schedule", "questions a step (Q)")
-    eval_every: int = setting(0, "schedule", "steps between measurements; 0: only before and after", True)
-    save_every: int = setting(10, "schedule", "steps between checkpoints, of which the newest two stay; 0: only at the end", True)
-    sample_every: int = setting(10, "schedule", "steps between sample pictures; 0: none", True)
+    eval_every: int = setting(0, "schedule", "steps between measurements; 0: only before and after")
+    save_every: int = setting(10, "schedule", "steps between checkpoints, of which the newest two stay; 0: only at the end")
+    sample_every: int = setting(10, "schedule", "steps between sample pictures; 0: none")
     seed: int = setting(0, "schedule", "of the data order and the sampler")
 
     group: int = setting(8, "algorithm", "samples a question (G)")
-    lr: float = setting(1e-6, "algorithm", "learning rate, constant", True)
+    lr: float = setting(1e-6, "algorithm", "learning rate, constant")
     kl: float = setting(0.01, "algorithm", "coefficient of the KL to the frozen copy; 0 switches it off")
     clip: float = setting(0.2, "algorithm", "the ratio is clipped to 1 +- this; acts only from the second update on")
     updates: int = setting(1, "algorithm", "optimizer steps on each batch")
-    weight_decay: float = setting(0.01, "algorithm", "of AdamW, betas are 0.9 and 0.999", True)
-    max_grad_norm: float = setting(1.0, "algorithm", "the gradient is scaled down to this norm", True)
+    weight_decay: float = setting(0.01, "algorithm", "of AdamW, betas are 0.9 and 0.999")
+    max_grad_norm: float = setting(1.0, "algorithm", "the gradient is scaled down to this norm")
     strict_boxes: bool = setting(False, "algorithm", "whole-image, nested, more than three or unparsable boxes earn 0 in the "
                                  "perception phase; the paper lets them be")
 
@@ -99,7 +98,7 @@ class Settings:
     reason_tokens: int = setting(2048, "limits", "longest Reasoner response")
     text_tokens: int = setting(512, "limits", "room for a prompt's text, beside its images at full budget")
     rollout_batch: int = setting(2, "limits", "questions sampled together, G rows each; partner and evaluation use as many "
-                                 "rows. At 2B a row's cache takes 112 KiB a token", True)
+                                 "rows. At 2B a row's cache takes 112 KiB a token")
 
     def check(self):
         """Raises InputError for the first setting that cannot work."""
@@ -348,9 +347,9 @@ def main(arguments=None):
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
         groups.setdefault(group, parser.add_argument_group(group)).add_argument(
             "--" + field.name.replace("_", "-"), **kind, default=argparse.SUPPRESS,
-            help=f"{field.metadata['help']} (default: {'none' if field.default == '' else field.default}"
-                 f"{'; --resume may change it' if field.metadata['may_change'] else ''})".replace("%", "%%"))
-    parser.add_argument("--resume", metavar="RUN", help="go on with this run folder; see below which flags may change")
+            help=f"{field.metadata['help']} (default: {'none' if field.default == '' else field.default})".replace("%", "%%"))
+    parser.add_argument("--resume", metavar="RUN",
+                        help="go on with this run folder; may come with --" + ", --".join(sorted(checkpoint.MAY_CHANGE)).replace("_", "-"))
     explicit = vars(parser.parse_args(arguments))
     resume = explicit.pop("resume")
     transformers.logging.set_verbosity_error()
