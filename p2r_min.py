@@ -1,7 +1,7 @@
 """PRA-GRPO for Perceive-to-Reason, on one GPU, in plain PyTorch.
 
     python p2r_min.py                                        # a tiny world, on a laptop's CPU
-    python p2r_min.py --model Qwen/Qwen3-VL-2B-Instruct --data train.jsonl
+    python p2r_min.py --model Qwen/Qwen3-VL-2B-Instruct      # the paper's data, from the hub
 
 One vision-language model plays two roles. As *Perceiver* it looks at the whole image and answers
 with boxes around the evidence; as *Reasoner* it sees the boxes drawn, the crops enlarged, and
@@ -28,8 +28,9 @@ Paper: arXiv 2607.01191. Where we depart from it or from the authors' code, and 
  5. Vision tokens cannot be sampled; they would break the next forward. Neither are they scored.
  6. Evidence reaches the partner as pixels, not through JPEG: what is trained is what was seen.
  7. The frozen perceiver may write --perceive-tokens, as when it is trained (the authors: 2048).
- 8. Free-form answers are right when they match the truth word for word (the authors ask a judge).
-    Option letters and numbers are read by stricter rules (eval.py), boxes by a more patient one (crop.py).
+ 8. Free-form answers in other words than the truth are settled by the frozen copy itself, asked for Yes or
+    No (the authors ask a separate verifier; --judge MODEL does). Option letters and numbers are read by
+    stricter rules (eval.py), boxes by a more patient one (crop.py).
  9. Masters in float32 live on across phases; Adam's moments start fresh in each, as in the paper,
     where each phase is a launch of its own.
 10. Questions are drawn in shuffled passes over the data that run on across phases; the paper makes
@@ -43,6 +44,7 @@ Paper: arXiv 2607.01191. Where we depart from it or from the authors' code, and 
 import argparse
 import copy
 import dataclasses
+import functools
 import json
 import random
 import shutil
@@ -59,20 +61,18 @@ import eval as evaluation
 import grpo
 import toy
 from crop import parse_boxes, picture, violation
-from rollout import InputError, find_model, load, perceive, reason
-
-
-def setting(default, group, text):
-    return dataclasses.field(default=default, metadata={"group": group, "help": text})
+from eval import setting
+from rollout import REGIONS, InputError, find, load, perceive, reason
 
 
 @dataclass
 class Settings:
     """Everything that can be chosen. Defaults are the paper's; the command line is made from this."""
     model: str = setting("", "what", "Qwen3-VL: a hub id or a folder; without it the embedded toy")
-    data: str = setting("", "what", "training questions, JSONL (eval.py tells the fields)")
-    eval_data: str = setting("", "what", "held-out questions, JSONL; without it accuracy is not measured")
+    data: str = setting("hongxingli/P2R-10k", "what", "training questions: a file, folder or hub id (eval.py tells the formats)")
+    eval_data: str = setting("", "what", "held-out questions; without them accuracy is not measured")
     images: str = setting("", "what", "folder that relative image paths start from; default: the data file's")
+    skip_bad: bool = setting(False, "what", "leave bad rows of the data out, and count them, instead of stopping")
     out: str = setting("", "what", "run folder; default: the first free runs/NAME-1, -2, ...")
 
     iterations: int = setting(1, "schedule", "times perception + reasoning")
@@ -87,6 +87,9 @@ class Settings:
     lr: float = setting(1e-6, "algorithm", "learning rate, constant")
     kl: float = setting(0.01, "algorithm", "coefficient of the KL to the frozen copy; 0 switches it off")
     clip: float = setting(0.2, "algorithm", "the ratio is clipped to 1 +- this; acts only from the second update on")
+    evidence: str = setting("both", "algorithm", "what the Reasoner sees of the boxes", tuple(REGIONS))
+    judge: str = setting("self", "algorithm", "who settles free-form answers in other words: self (the frozen copy), none, "
+                         "or another model, which then also measures")
     updates: int = setting(1, "algorithm", "optimizer steps on each batch")
     weight_decay: float = setting(0.01, "algorithm", "of AdamW, betas are 0.9 and 0.999")
     max_grad_norm: float = setting(1.0, "algorithm", "the gradient is scaled down to this norm")
@@ -99,8 +102,6 @@ class Settings:
 
     def check(self):
         """Raises InputError for the first setting that cannot work."""
-        if not self.data:
-            raise InputError("--model needs --data: a JSONL file with image, question and answer on each line")
         if self.group < 2:
             raise InputError(f"--group {self.group}: GRPO compares the samples of a group, so it needs at least 2")
         for name in ("iterations", "steps", "questions", "updates", "max_pixels", "perceive_tokens",
@@ -120,7 +121,7 @@ class Players:
     frozen: torch.nn.Module   # the policy as it was when the phase began
     codec: object             # rollout.Codec of both
     read_boxes: object        # text -> crop.Parsed
-    score: object             # (text, example) -> eval.Score
+    grade: object             # (text, example) pairs -> an eval.Score each
     fixed: dict               # reasoning phase: example -> (the frozen perceiver's text, its Parsed)
 
 
@@ -146,10 +147,10 @@ def perception(play, batch, s, generator):
     # The partner is greedy, so equal boxes get equal answers: each distinct evidence is asked once.
     # (Labels never reach it; the order of the boxes does.) Void rollouts earn 0 and need no answer.
     cases = {evidence(q, p): (batch[q], p.boxes) for q, row in enumerate(parsed) for p in row if not violation(p.boxes)}
-    answers = reason(play.frozen, play.codec, waiting(cases.values(), "frozen reasoner"), greedy=True,
+    answers = reason(play.frozen, play.codec, waiting(cases.values(), "frozen reasoner"), s.evidence, greedy=True,
                      max_tokens=s.reason_tokens, batch=s.rollout_batch * s.group)
     texts = {key: group.completions[0].text for key, group in zip(cases, answers)}
-    scores = {key: play.score(text, batch[key[0]]) for key, text in texts.items()}
+    scores = dict(zip(texts, play.grade([(text, batch[key[0]]) for key, text in texts.items()])))
     rewards = torch.tensor([[0.0 if violation(p.boxes) else scores[evidence(q, p)].reward for p in row]
                             for q, row in enumerate(parsed)])                            # (Q, G)
     seconds = time.perf_counter() - start
@@ -176,13 +177,13 @@ def reasoning(play, batch, s, generator):
         play.fixed[example] = text, play.read_boxes(text)
     seconds = time.perf_counter() - start
     cases = [(example, play.fixed[example][1].boxes) for example in batch]
-    groups = list(reason(play.policy, play.codec, waiting(cases, "sampling answers"), group=s.group,
+    groups = list(reason(play.policy, play.codec, waiting(cases, "sampling answers"), s.evidence, group=s.group,
                          max_tokens=s.reason_tokens, batch=s.rollout_batch, generator=generator))
-    scores = [[play.score(c.text, example) for c in group.completions] for example, group in zip(batch, groups)]
-    rewards = torch.tensor([[score.reward for score in row] for row in scores])          # (Q, G)
+    scores = play.grade([(c.text, example) for example, group in zip(batch, groups) for c in group.completions])
+    rewards = torch.tensor([score.reward for score in scores]).view(len(batch), s.group)  # (Q, G)
     shown = (*cases[0], play.fixed[batch[0]][0], groups[0].completions[0].text, rewards[0, 0].item())
     return Rollouts(groups, rewards, [play.fixed[example][1] for example in batch],
-                    [score for row in scores for score in row], 0, len(new), seconds, shown)
+                    scores, 0, len(new), seconds, shown)
 
 
 PHASES = {"perception": perception, "reasoning": reasoning}
@@ -200,10 +201,9 @@ def train(s, read_boxes=parse_boxes, score=evaluation.score):
     Raises InputError for input that the user can mend: all but broken pixels before the first step.
     """
     s.check()
-    examples = evaluation.load_data(s.data, s.images)
-    held_out = evaluation.load_data(s.eval_data, s.images) if s.eval_data else []
-    source = find_model(s.model)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    examples = evaluation.load_data(s.data, s.images, s.skip_bad)
+    held_out = evaluation.load_data(s.eval_data, s.images, s.skip_bad, "--eval-data") if s.eval_data else []
+    source, device = find(s.model), evaluation.device()
     policy, codec = load(source, s.max_pixels, device)
     codec.check(example.question for example in examples + held_out)
     run = new_run_folder(s)
@@ -212,9 +212,12 @@ def train(s, read_boxes=parse_boxes, score=evaluation.score):
     checkpointing({"use_reentrant": False})
     optimizer = grpo.MasterAdamW(policy, s.lr, weight_decay=s.weight_decay)
 
+    judge = evaluation.Judge.load(s.judge, device) if s.judge not in ("self", "none") else None
+    how = evaluation.Protocol(evidence=s.evidence, max_pixels=s.max_pixels, perceive_tokens=s.perceive_tokens,
+                              reason_tokens=s.reason_tokens, penalty=1.0, batch=s.rollout_batch * s.group)
+
     def measure():
-        return evaluation.evaluate(policy, codec, held_out, perceive_tokens=s.perceive_tokens,
-                                   reason_tokens=s.reason_tokens, batch=s.rollout_batch * s.group)
+        return evaluation.evaluate(policy, codec, held_out, how, judge)  # a model never grades itself here
 
     report = {}
     if held_out:
@@ -226,7 +229,9 @@ def train(s, read_boxes=parse_boxes, score=evaluation.score):
         for phase, collect in PHASES.items():
             # One frozen copy for the whole phase: it plays the other role and anchors the KL.
             frozen = copy.deepcopy(policy).eval().requires_grad_(False)
-            play = Players(policy, frozen, codec, read_boxes, score, fixed={})
+            grade = functools.partial(evaluation.grade, rule=score,
+                                      judge=evaluation.Judge(frozen, codec.tokenizer) if s.judge == "self" else judge)
+            play = Players(policy, frozen, codec, read_boxes, grade, fixed={})
             optimizer.reset()
             bar.set_description(f"iteration {iteration} {phase}")
             for _ in range(s.steps):
@@ -260,7 +265,7 @@ def train(s, read_boxes=parse_boxes, score=evaluation.score):
     if held_out:
         report["after"] = measure()
         write_json(run / "eval.json", report)
-        evaluation.print_table(report)
+        evaluation.print_report(report)
     print(f"run folder: {run} (metrics.jsonl, samples/, final/)")
     return run
 
@@ -295,6 +300,7 @@ def summary(rollouts):
         "truncated": mean(not c.ended for c in completions),
         "unparsable": mean(not p.parsable for p in rollouts.parsed),
         "unanswered": mean(not score.answered for score in rollouts.scores),
+        "judged": mean(score.judged for score in rollouts.scores),
         "void": rollouts.void / len(completions),
         "boxes": len(boxes) / len(rollouts.parsed),
         "box_area": mean((b.x2 - b.x1) * (b.y2 - b.y1) / 1e6 for b in boxes),
@@ -367,12 +373,7 @@ def new_run_folder(s):
 def main(arguments=None):
     """The command line, made from Settings. Explicit flags win over the toy's values."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    groups = {}
-    for field in dataclasses.fields(Settings):
-        group = field.metadata["group"]
-        groups.setdefault(group, parser.add_argument_group(group)).add_argument(
-            "--" + field.name.replace("_", "-"), type=field.type, default=argparse.SUPPRESS,
-            help=f"{field.metadata['help']} (default: {'none' if field.default == '' else field.default})".replace("%", "%%"))
+    evaluation.add_flags(parser, Settings)
     explicit = vars(parser.parse_args(arguments))
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
