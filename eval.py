@@ -21,6 +21,7 @@ Protocol. As the authors evaluate (greedy, 4,194,304 pixels an image, at least 1
 import argparse
 import base64
 import binascii
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -96,20 +97,16 @@ def load_data(spec, images=None, skip_bad=False, flag="--data"):
     """
     examples, bad, used = [], [], {}
     for file in data_files(spec, flag):
-        unpacked = _unpack(file) if file.suffix in (".tsv", ".csv", ".parquet") else file.parent
-        stored = unpacked / "data.jsonl" if unpacked != file.parent else file
-        unit = "line" if file.suffix == ".jsonl" else "row"
-        for number, row in tqdm(_rows(stored), f"checking {file.name}", delay=2, leave=False):
+        unpacked = _unpack(file) if file.suffix in (".tsv", ".csv", ".parquet") else None
+        for number, row in tqdm(_rows(unpacked / "data.jsonl" if unpacked else file), f"checking {file.name}", delay=2, leave=False):
             try:
                 examples.append(_example(row, Path(images) if images else file.parent, unpacked, number, used))
             except InputError as error:
-                bad.append(f"{file}, {unit} {number}: {error}")
-                if not skip_bad:
-                    raise InputError(bad[0]) from error
-    if not examples:
-        raise InputError(f"{flag} {spec} holds no example" + (f"; the first bad row is {bad[0]}" if bad else ": it is empty"))
-    forms = Counter(e.answer_form for e in examples)
-    print(f"read {len(examples):,} examples from {spec}: " + ", ".join(f"{n:,} {form}" for form, n in forms.items())
+                bad.append(f"{file}, {'line' if file.suffix == '.jsonl' else 'row'} {number}: {error}")
+                _need(skip_bad, bad[0])
+    _need(examples, f"{flag} {spec} holds no example; " + (f"the first bad row is {bad[0]}" if bad else "it is empty"))
+    print(f"read {len(examples):,} examples from {spec}: "
+          + ", ".join(f"{n:,} {form}" for form, n in Counter(e.answer_form for e in examples).items())
           + "; columns " + ", ".join(f"{field} <- {column}" for field, column in used.items()))
     if bad:
         print(f"skipped {len(bad):,} bad rows; the first is {bad[0]}")
@@ -118,19 +115,12 @@ def load_data(spec, images=None, skip_bad=False, flag="--data"):
 
 def data_files(spec, flag="--data"):
     """The data files that SPEC names: one, or the shards of one. Raises InputError where it is not clear which."""
-    path = find(spec, flag, "dataset")
-    if path.is_file():
-        files = [path]
-    elif (path / "data.jsonl").is_file():
-        files = [path / "data.jsonl"]
-    else:
-        files = sorted(f for f in path.rglob("*") if f.suffix in (".jsonl", ".json", ".tsv", ".csv", ".parquet")
-                       and not any(part.startswith(".") for part in f.relative_to(path).parts))
-        if len({re.sub(r"-\d+-of-\d+$", "", str(f.with_suffix(""))) for f in files}) > 1:
-            raise InputError(f"{flag} {spec} holds several data files ({', '.join(str(f.relative_to(path)) for f in files[:6])}): "
-                             f"name one of them, as {spec}/{files[0].relative_to(path)}")
-    if not files or files[0].suffix not in (".jsonl", ".json", ".tsv", ".csv", ".parquet"):
-        raise InputError(f"{flag} {spec}: there is no .jsonl, .json, .tsv, .csv or .parquet file")
+    path, known = find(spec, flag, "dataset"), (".jsonl", ".json", ".tsv", ".csv", ".parquet")
+    files = [path] if path.is_file() else [path / "data.jsonl"] if (path / "data.jsonl").is_file() else sorted(
+        f for f in path.rglob("*") if f.suffix in known and not f.relative_to(path).parts[0].startswith("."))
+    _need(files and files[0].suffix in known, f"{flag} {spec}: there is no {', '.join(known[:-1])} or {known[-1]} file")
+    _need(len({re.sub(r"-\d+-of-\d+$", "", str(f.with_suffix(""))) for f in files}) == 1, f"{flag} {spec} holds several data files: "
+          f"name one of them, as {spec}/" + f" or {spec}/".join(str(f.relative_to(path)) for f in files[:4] if f != path))
     return files
 
 
@@ -149,21 +139,21 @@ def _rows(file):
             rows = json.loads(file.read_bytes())
         except ValueError as error:
             raise InputError(f"{file} is not JSON ({error})") from error
-        if not isinstance(rows, list):
-            raise InputError(f"{file} must hold a JSON list of examples, not a {type(rows).__name__}")
+        _need(isinstance(rows, list), f"{file} must hold a JSON list of examples, not a {type(rows).__name__}")
         yield from enumerate(rows, start=1)
     elif file.suffix == ".parquet":
         try:
-            from pyarrow import parquet
+            from pyarrow import ArrowException, parquet
         except ImportError as error:
             raise InputError(f"reading {file} needs pyarrow: pip install -e \".[data]\"") from error
-        number = 0
-        for batch in parquet.ParquetFile(file).iter_batches(batch_size=8):  # few: each may hold an image of 30 MB
-            for row in batch.to_pylist():
-                yield (number := number + 1), row
+        try:  # row by row, unbuffered; with images inside, Arrow still holds two row groups (the hub's have 100 rows)
+            batches = parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False).iter_batches(batch_size=1)
+            yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
+        except ArrowException as error:
+            raise InputError(f"{file} cannot be read as parquet: {error}") from error
     else:
         csv.field_size_limit(1 << 30)  # an image is one field
-        with file.open(newline="", encoding="utf-8") as text:
+        with file.open(newline="", encoding="utf-8-sig") as text:
             try:
                 yield from enumerate(csv.DictReader(text, delimiter="\t" if file.suffix == ".tsv" else ","), start=1)
             except (csv.Error, UnicodeDecodeError) as error:
@@ -180,15 +170,15 @@ def _unpack(file):
                 for column in COLUMNS["image"]:
                     content = _content(row.get(column))
                     if isinstance(content, bytes):
-                        name = hashlib.sha256(content).hexdigest()[:32]  # equal images are stored once
-                        (folder / "images" / name).write_bytes(content)
-                        row[column] = places[str(row.get("index"))] = {"unpacked": f"images/{name}"}
-                    elif content in places:
+                        name = "images/" + hashlib.sha256(content).hexdigest()[:32]  # equal images are stored once
+                        (folder / name).write_bytes(content)
+                        row[column] = places[str(row.get("index"))] = {"unpacked": name}
+                    elif isinstance(content, str) and content in places:
                         row[column] = places[content]
                 out.write(json.dumps(row, default=lambda value: f"({type(value).__name__})") + "\n")
 
-    known = file.stat()
-    return cached("data-" + hashlib.sha256(f"{file.resolve()} {known.st_size} {known.st_mtime_ns}".encode()).hexdigest()[:16], fill)
+    key = f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}"
+    return cached("data-" + hashlib.sha256(key.encode()).hexdigest()[:16], fill)
 
 
 def _content(value):
@@ -198,10 +188,8 @@ def _content(value):
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str) and len(value) > 64 and "." not in value:  # base64 has no dot, a path has one
-        try:
+        with contextlib.suppress(binascii.Error):
             return base64.b64decode(value, validate=True)
-        except binascii.Error:
-            pass
     return value
 
 
@@ -220,10 +208,9 @@ def _example(row, root, unpacked, number, used):
             value = row
             for key in column.split("."):
                 value = value.get(key) if isinstance(value, dict) else None
-            if value not in (None, "", []):
+            if value not in (None, "", []) and field not in fields:
                 fields[field] = value
                 used.setdefault(field, column)
-                break
     for field in ("image", "question", "answer"):
         _need(field in fields, f"the field {field!r} is missing or empty; it is read from {' or '.join(COLUMNS[field])}")
     question, answer, boxes = fields["question"], fields["answer"], fields.get("boxes", [])
@@ -246,23 +233,23 @@ def _example(row, root, unpacked, number, used):
     labels = [re.match(rf"\(?{letter}[).:]\s*", option) for letter, option in zip(LETTERS, options)]
     if all(labels):  # "(A) red" -> "red"; the letter comes back below
         options = [option[label.end():] for label, option in zip(labels, options)]
+    question = "\n".join([question, *(f"{letter}. {option}" for letter, option in zip(LETTERS, options))])
 
     letter = option_letter(answer, options)
     # A row that does not say: multiple choice where it has options and the answer is one of them.
     form = fields.get("answer_form", "mca" if options and letter else "free_form")
     _need(isinstance(form, str) and form in FORMS, f"the field 'answer_form' must be one of {', '.join(FORMS)}, not {form!r}")
-    is_bad = f"the field 'answer' is {answer!r}, "
-    _need(form != "free_form" or plain_words(answer), is_bad + "which holds no word to compare with")
-    _need(form != "mca" or letter, is_bad + "which names no option letter A to F")
-    _need(form != "mca" or not options or letter in LETTERS[:len(options)], is_bad + f"but there are only {len(options)} options")
-    _need(form != "na" or number_in(answer), is_bad + "which is not a number")
+    for fine, problem in ((form != "free_form" or plain_words(answer), "which holds no word to compare with"),
+                          (form != "mca" or letter, "which names no option letter A to F"),
+                          (form != "mca" or not options or letter in LETTERS[:len(options)], f"but there are only {len(options)} options"),
+                          (form != "na" or number_in(answer), "which is not a number")):
+        _need(fine, f"the field 'answer' is {answer!r}, {problem}")
     _need(isinstance(boxes, list) and all(
         isinstance(b, list) and len(b) == 4 and all(_is_number(v) and 0 <= v <= 1000 for v in b) and b[0] < b[2] and b[1] < b[3]
-        for b in boxes), f"the field 'boxes' must be a list of [x1, y1, x2, y2] between 0 and 1000 with x1 < x2 and y1 < y2, not {boxes!r}")
-    return Example(_check_image(fields["image"], root, unpacked),
-                   "\n".join([question, *(f"{letter}. {o}" for letter, o in zip(LETTERS, options))]), answer, form,
-                   tuple(options), str(fields.get("category", "")), str(fields.get("rotation", "")),
-                   str(fields.get("id", number)), tuple(Box(*map(float, b)) for b in boxes))
+        for b in boxes), f"the field 'boxes' must be a list of [x1, y1, x2, y2] between 0 and 1000, x1 < x2 and y1 < y2, not {boxes!r}")
+    return Example(_check_image(fields["image"], root, unpacked), question, answer, form, tuple(options),
+                   str(fields.get("category", "")), str(fields.get("rotation", "")), str(fields.get("id", number)),
+                   tuple(Box(*map(float, b)) for b in boxes))
 
 
 def _check_image(value, root, unpacked):
