@@ -15,7 +15,8 @@ import math
 import re
 from typing import NamedTuple
 
-from PIL import Image, ImageDraw, ImageFont
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 MAX_CROPS = 3          # every box is drawn, only the first three are cropped (paper)
 PAD_SHARE = 0.10       # a crop grows by 10 % of the image's size on each side ...
@@ -158,6 +159,22 @@ def tricks(parsed):
 # Boxes -> evidence
 
 
+def to_rgb(image):
+    """Any picture as a person sees it: upright, 8-bit RGB, what is transparent on white.
+
+    Raises ValueError for floating point images, whose white nobody knows.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("a floating point image has no defined white; convert it to 8 bits a channel")
+    if image.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion would clip it to white
+        return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
 def to_rect(box, size):
     """A Box -> pixels of an image of size (width, height): inside it, at least 1 x 1."""
     width, height = size
@@ -212,40 +229,47 @@ def _cycle(count):
 def picture(image, boxes, question, texts, width=1200):
     """One image that tells the whole story: annotated image, numbered crops, question, texts.
 
-    image: the original (RGB). boxes: list of Box. texts: list of (title, text) written below, such
+    image: the original (RGB), of any size and shape: what it is scaled to follows from its shape, the
+    text is always 20 pixels high. boxes: list of Box. texts: list of (title, text) written below, such
     as ("perceiver", "[...]"). Returns an RGB image `width` pixels wide; its height follows.
     """
     annotated, crops = gather(image, boxes)
-    gap, font = 20, ImageFont.load_default(20)
-    column = (width - 3 * gap) // 3 if crops else 0   # the crops' column on the right
-    left_width = width - 2 * gap - (column + gap if crops else 0)
-    main = _fit(annotated, left_width, 700)
-    tiles = [_fit(crop, column, (max(main.height, 450) - (len(crops) - 1) * gap) // len(crops))
-             for crop in crops]
-    text_lines = _wrap([("question", question), *texts], font, width - 2 * gap)
-    line_height = 28
-    top = max([main.height, sum(t.height + gap for t in tiles) - gap]) + 2 * gap
-    page = Image.new("RGB", (width, top + line_height * len(text_lines) + gap), "white")
-    page.paste(main, (gap, gap))
-    draw, y = ImageDraw.Draw(page), gap
-    for number, (tile, colour) in enumerate(zip(tiles, _cycle(len(tiles))), start=1):
-        x = width - gap - column
+    gap, font, line_height = 20, ImageFont.load_default(20), 28
+    inner = width - 2 * gap
+    count, row = max(len(crops), 1), True
+    if image.width > 2 * image.height or not crops:      # a panorama: crops in a row below
+        main = _fit(annotated, inner, 700)
+        left, top, tall = gap, main.height + 2 * gap, 420
+    else:                                                # else beside it: in a row if it is upright, in a column if not
+        main = _fit(annotated, inner * 2 // 3 - gap, 760)
+        left, top, row = main.width + 2 * gap, gap, image.height > 1.3 * image.width
+        tall = max(main.height, 450) if row else (max(main.height, 450) + gap) // count - gap
+    each = (width - left) // count - gap if row else width - left - gap
+    placed = [(main, gap, gap)]
+    for crop in crops:
+        placed.append((_fit(crop, each, tall), left, top))
+        left, top = (left + placed[-1][0].width + gap, top) if row else (left, top + placed[-1][0].height + gap)
+    top = max(y + tile.height for tile, _, y in placed) + gap
+    lines = _wrap([("question", question), *texts], font, inner)
+    page = Image.new("RGB", (width, top + line_height * len(lines) + gap), "white")
+    draw = ImageDraw.Draw(page)
+    for number, ((tile, x, y), colour) in enumerate(zip(placed, ["#cccccc", *_cycle(len(crops))])):
         page.paste(tile, (x, y))
-        draw.rectangle((x, y, x + tile.width - 1, y + tile.height - 1), outline=colour, width=4)
-        draw.rectangle((x, y, x + 26, y + 28), fill=colour)
-        draw.text((x + 8, y + 2), str(number), fill="white", font=font)
-        y += tile.height + gap
-    for row, (title, line) in enumerate(text_lines):
+        draw.rectangle((x - 4, y - 4, x + tile.width + 3, y + tile.height + 3), outline=colour, width=4 if number else 1)
+        if number:
+            draw.rectangle((x, y, x + 26, y + 28), fill=colour)
+            draw.text((x + 8, y + 2), str(number), fill="white", font=font)
+    for row, (title, line) in enumerate(lines):
         draw.text((gap, top + row * line_height), title, fill="#888888", font=font)
         draw.text((gap + 130, top + row * line_height), line, fill="black", font=font)
     return page
 
 
 def _fit(image, width, height):
-    """Scale an image, up or down, to fit into width x height; never to nothing."""
+    """Scale an image, up or down, to fit into width x height; never to nothing. Blown-up pixels stay sharp."""
     scale = min(width / image.width, height / image.height)
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    return image.resize(size, Image.Resampling.LANCZOS)
+    return image.resize(size, Image.Resampling.NEAREST if scale > 4 else Image.Resampling.LANCZOS)
 
 
 def _wrap(texts, font, width):

@@ -1,31 +1,51 @@
 """What an example is, how it is loaded, what counts as correct, and accuracy on a set.
 
-The reward of training *is* the check of evaluation: both call `score`. Training rewards exactly
+    python eval.py --model M --data SPEC --mode p2r     # or think, or direct: a benchmark's table
+    python eval.py --model M --image photo.jpg --question "What is written on the red sign?"
+
+The reward of training *is* the check of evaluation: both call `grade`. Training rewards exactly
 what the tables report, in the format that the tables expect.
 
-Data is JSONL, one example a line:
+Data. SPEC is a file (.jsonl, .json, .tsv, .csv, .parquet), a folder that holds one, or a hub id
+(owner/name, or owner/name/file). COLUMNS lists the names under which each field is found. A file with the
+images inside is unpacked once into an ordinary folder, in the cache; from there on there is one loader.
 
-    image        path of the image, relative to the data file (or to --images)
-    question     text
-    answer       text: an option letter, a number, or a word or short phrase
-    answer_form  "mca" (option letter), "na" (number) or "free_form" (default)
-    options      optional list of texts, shown as A., B., C. ...
-    category, id optional, for reports
-    boxes        optional list of [x1, y1, x2, y2], 0..1000: where the evidence is. Only for
-                 measuring (`hit`, `oracle`); no training code reads it.
+Protocol. As the authors evaluate (greedy, 4,194,304 pixels an image, at least 16,384, repetition penalty 1.05,
+256 tokens for the Perceiver and 1024 for the Reasoner, an answer without <answer> is wrong), but for this:
+ 1. Prompts are worded by us, so a published checkpoint meets words it was not trained on.
+ 2. The penalty looks at the prompt and the response, as vLLM's and the library's do.
+ 3. Option letters, numbers and boxes are read by the rules of `option_letter`, `number_in` and crop.parse_boxes.
+ 4. `think` and `direct` run under the same budgets; the papers' baselines may not have.
 """
 
+import argparse
+import base64
+import binascii
+import contextlib
+import csv
+import dataclasses
+import functools
+import hashlib
+import itertools
 import json
+import math
+import os
 import re
-from dataclasses import dataclass, field
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, ImageOps
+import torch
+import transformers
+from PIL import Image
 from tqdm import tqdm
 
-from crop import MAX_RATIO, Box, parse_boxes
-from rollout import FORMS, InputError, perceive, reason
+import toy
+from crop import COLOURS, MAX_RATIO, Box, parse_boxes, picture, to_rect, to_rgb
+from rollout import FORMS, REGIONS, InputError, cached, direct, find, load, perceive, reason
 
 LETTERS = "ABCDEF"
 
@@ -42,15 +62,16 @@ class Example:
     answer_form: str = "free_form"
     options: tuple = ()
     category: str = ""
+    rotation: str = ""    # HR-Bench asks each question four times, its options rotated
     id: str = ""
     boxes: tuple = ()     # of Box; only ever used to measure
-    size: tuple = field(default=(), compare=False)  # (width, height) of the image, from its header
+    size: tuple = dataclasses.field(default=(), compare=False)  # (width, height) of the image, from its header
 
     def load_image(self):
         """The image at its original resolution, upright, as RGB. Raises InputError."""
         try:
             with open_image(self.image) as image:
-                return ImageOps.exif_transpose(image).convert("RGB")
+                return to_rgb(image)
         except Exception as error:  # Pillow raises a dozen kinds for a broken file
             raise InputError(f"cannot read the image {self.image} of example {self.id}: {error}") from error
 
@@ -68,80 +89,253 @@ def inside(root, name):
     """root / name, links resolved. Raises InputError if that leaves the folder `root`: data must not name files elsewhere.
     (The files of a hub snapshot are links into its repository's folder, which counts as inside.)"""
     path, top = (root / name).resolve(), root.resolve()
-    if not path.is_relative_to(top.parent.parent if top.parent.name == "snapshots" else top):
-        raise InputError(f"it leaves the folder {root}; --images names the folder that holds all images")
+    top = next((p.parent for p in (top, *top.parents) if p.name == "snapshots"), top)
+    if not path.is_relative_to(top):
+        raise InputError(f"the field 'image' names {name}, which lies outside {root}: give --images a folder that holds it")
     return path
 
 
-def load_data(path, images=None):
-    """A JSONL file, or a folder that holds data.jsonl -> list of Example.
+COLUMNS = {  # a field of Example: the columns it is read from. The first that a row has wins; a dot goes inside.
+    "image": ("image", "images", "original_images", "image_path", "bytes"),
+    "question": ("question", "problem", "text", "prompt"),                          # prompt: chat messages (verl)
+    "answer": ("answer", "solution", "label", "reward_model.ground_truth", "ground_truth"),
+    "answer_form": ("answer_form", "extra_info.answer_form"),  # mca (option letter), na (number), free_form
+    "options": ("options", "multi-choice options"),            # a list of texts, or columns A, B, C, ...
+    "category": ("category", "data_source"),
+    "rotation": ("cycle_category",),
+    "id": ("id", "index", "question_id", "doc_id", "extra_info.index"),
+    "boxes": ("boxes",),  # [x1, y1, x2, y2], 0..1000: where the evidence is. Only to measure; no training code reads it
+}
 
-    Every line and every image header is checked now, before a model is loaded; pixels stay on disk.
-    Raises InputError that names file, line and field.
+
+def load_data(spec, images=None, skip_bad=False, flag="--data"):
+    """A file, folder or hub id of questions -> list of Example; prints what was read.
+
+    Every row and every image header is checked now, before a model is loaded; pixels stay on disk.
+    images: the folder that relative paths start from; default: the data file's.
+    Raises InputError that names file, row and field; with skip_bad bad rows are left out and counted.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "data.jsonl"
-    if not path.is_file():
-        raise InputError(f"there is no data file {path}")
-    root = Path(images) if images else path.parent
-    examples = []
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                examples.append(_read_line(line, root, f"{path}, line {number}", number))
-    if not examples:
-        raise InputError(f"the data file {path} is empty")
+    examples, bad, used = [], [], {}
+    for file in data_files(spec, flag):
+        unpacked = _unpack(file) if file.suffix in (".tsv", ".csv", ".parquet") else None
+        for number, row in tqdm(_rows(unpacked / "data.jsonl" if unpacked else file), f"checking {file.name}", delay=2, leave=False):
+            try:
+                examples.append(_example(row, Path(images) if images else file.parent, unpacked, number, used))
+            except InputError as error:
+                bad.append(f"{file}, {'line' if file.suffix == '.jsonl' else 'row'} {number}: {error}")
+                _need(skip_bad, bad[0])
+    _need(examples, f"{flag} {spec} holds no example; " + (f"the first bad row is {bad[0]}" if bad else "it is empty"))
+    print(f"read {len(examples):,} examples from {spec}: "
+          + ", ".join(f"{n:,} {form}" for form, n in Counter(e.answer_form for e in examples).items())
+          + "; columns " + ", ".join(f"{field} <- {column}" for field, column in used.items()))
+    if bad:
+        print(f"skipped {len(bad):,} bad rows; the first is {bad[0]}")
     return examples
 
 
-def _read_line(line, root, where, number):
+def data_files(spec, flag="--data"):
+    """The data files that SPEC names: one, or the shards of one. Raises InputError where it is not clear which."""
+    path, known = find(spec, flag, "dataset"), (".jsonl", ".json", ".tsv", ".csv", ".parquet")
+    files = [path] if path.is_file() else [path / "data.jsonl"] if (path / "data.jsonl").is_file() else sorted(
+        f for f in path.rglob("*") if f.suffix in known and not f.relative_to(path).parts[0].startswith("."))
+    _need(files and files[0].suffix in known, f"{flag} {spec}: there is no {', '.join(known[:-1])} or {known[-1]} file")
+    _need(len({re.sub(r"-\d+-of-\d+$", "", str(f.with_suffix(""))) for f in files}) == 1, f"{flag} {spec} holds several data files: "
+          f"name one of them, as {spec}/" + f" or {spec}/".join(str(f.relative_to(path)) for f in files[:4] if f != path))
+    return files
+
+
+def _rows(file):
+    """(number, row) of every row of a data file; a line that is no JSON comes as its InputError."""
+    if file.suffix == ".jsonl":
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    try:
+                        yield number, json.loads(line)
+                    except ValueError as error:
+                        yield number, InputError(f"not a JSON object ({error})")
+    elif file.suffix == ".json":
+        try:
+            rows = json.loads(file.read_bytes())
+        except ValueError as error:
+            raise InputError(f"{file} is not JSON ({error})") from error
+        _need(isinstance(rows, list), f"{file} must hold a JSON list of examples, not a {type(rows).__name__}")
+        yield from enumerate(rows, start=1)
+    elif file.suffix == ".parquet":
+        try:
+            from pyarrow import ArrowException, parquet
+        except ImportError as error:
+            raise InputError(f"reading {file} needs pyarrow: pip install -e \".[data]\"") from error
+        try:  # row by row, unbuffered; with images inside, Arrow still holds two row groups (the hub's have 100 rows)
+            batches = parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False).iter_batches(batch_size=1)
+            yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
+        except ArrowException as error:
+            raise InputError(f"{file} cannot be read as parquet: {error}") from error
+    else:
+        csv.field_size_limit(1 << 30)  # an image is one field
+        with file.open(newline="", encoding="utf-8-sig") as text:
+            try:
+                yield from enumerate(csv.DictReader(text, delimiter="\t" if file.suffix == ".tsv" else ","), start=1)
+            except (csv.Error, UnicodeDecodeError) as error:
+                raise InputError(f"{file} cannot be read as {file.suffix}: {error}") from error
+
+
+def _unpack(file):
+    """Write the rows of `file` as data.jsonl and the images inside it as files, once -> that folder, in the cache."""
+    def fill(folder):
+        places = {}  # VLMEvalKit stores an image once; later rows hold the index of the row that has it
+        (folder / "images").mkdir()
+        with (folder / "data.jsonl").open("w") as out:
+            for number, row in tqdm(_rows(file), f"unpacking {file.name}, once", delay=2, unit="row"):
+                for column in COLUMNS["image"]:
+                    content = _content(row.get(column))
+                    if isinstance(content, bytes):
+                        name = "images/" + hashlib.sha256(content).hexdigest()[:32]  # equal images are stored once
+                        (folder / name).write_bytes(content)
+                        row[column] = places[str(row.get("index"))] = {"unpacked": name}
+                    elif isinstance(content, str) and content in places:
+                        row[column] = places[content]
+                out.write(json.dumps(row, default=lambda value: f"({type(value).__name__})") + "\n")
+
+    key = f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}"
+    return cached("data-" + hashlib.sha256(key.encode()).hexdigest()[:16], fill)
+
+
+def _content(value):
+    """The encoded image inside a cell as bytes; any other cell as it is."""
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, str) and len(value) > 64 and "." not in value:  # base64 has no dot, a path has one
+        with contextlib.suppress(binascii.Error):
+            return base64.b64decode(value, validate=True)
+    return value
+
+
+def _need(fine, problem):
+    if not fine:
+        raise InputError(problem)
+
+
+def _example(row, root, unpacked, number, used):
+    """One raw row -> Example. Raises InputError that names the field. `used` collects {field: column}."""
+    _need(not isinstance(row, InputError), str(row))
+    _need(isinstance(row, dict), f"not a JSON object but a {type(row).__name__}")
+    fields = {}
+    for field, columns in COLUMNS.items():
+        for column in columns:
+            value = row
+            for key in column.split("."):
+                value = value.get(key) if isinstance(value, dict) else None
+            if value not in (None, "", []) and field not in fields:
+                fields[field] = value
+                used.setdefault(field, column)
+    for field in ("image", "question", "answer"):
+        _need(field in fields, f"the field {field!r} is missing or empty; it is read from {' or '.join(COLUMNS[field])}")
+    question, answer, boxes = fields["question"], fields["answer"], fields.get("boxes", [])
+    if isinstance(question, list):  # chat messages: what the user says
+        question = next((m.get("content") for m in question if isinstance(m, dict) and m.get("role") == "user"), None)
+    _need(isinstance(question, str), f"the field 'question' must be text, not {str(question)[:80]!r}")
+    question = clean_question(question)
+    _need(question, "the field 'question' is empty")
+    _need(isinstance(answer, str) or _is_number(answer), f"the field 'answer' must be text, not {str(answer)[:80]!r}")
+    answer = str(answer).strip()
+    _need(answer, "the field 'answer' is empty")
+
+    letters = [letter for letter in LETTERS if row.get(letter) not in (None, "")]
+    _need("".join(letters) == LETTERS[:len(letters)], f"the options {', '.join(letters)} are given, but not those between them")
+    options = [str(row[letter]) for letter in letters] or fields.get("options", [])
+    _need(isinstance(options, list) and len(options) <= len(LETTERS) and all(isinstance(o, str) for o in options),
+          f"the field 'options' must be a list of at most {len(LETTERS)} texts, not {str(options)[:80]!r}")
+    if not options:
+        question, options = split_options(question)
+    labels = [re.match(rf"\(?{letter}[).:]\s*", option) for letter, option in zip(LETTERS, options)]
+    if all(labels):  # "(A) red" -> "red"; the letter comes back below
+        options = [option[label.end():] for label, option in zip(labels, options)]
+    question = "\n".join([question, *(f"{letter}. {option}" for letter, option in zip(LETTERS, options))])
+
+    letter = option_letter(answer, options)
+    # A row that does not say: multiple choice where it has options and the answer is one of them.
+    form = fields.get("answer_form", "mca" if options and letter else "free_form")
+    _need(isinstance(form, str) and form in FORMS, f"the field 'answer_form' must be one of {', '.join(FORMS)}, not {form!r}")
+    for fine, problem in ((form != "free_form" or plain_words(answer), "which holds no word to compare with"),
+                          (form != "mca" or letter, "which names no option letter A to F"),
+                          (form != "mca" or not options or letter in LETTERS[:len(options)], f"but there are only {len(options)} options"),
+                          (form != "na" or number_in(answer), "which is not a number")):
+        _need(fine, f"the field 'answer' is {answer!r}, {problem}")
+    _need(isinstance(boxes, list) and all(
+        isinstance(b, list) and len(b) == 4 and all(_is_number(v) and 0 <= v <= 1000 for v in b) and b[0] < b[2] and b[1] < b[3]
+        for b in boxes), f"the field 'boxes' must be a list of [x1, y1, x2, y2] between 0 and 1000, x1 < x2 and y1 < y2, not {boxes!r}")
+    path, size = _check_image(fields["image"], root, unpacked)
+    return Example(path, question, answer, form, tuple(options),
+                   str(fields.get("category", "")), str(fields.get("rotation", "")), str(fields.get("id", number)),
+                   tuple(Box(*map(float, b)) for b in boxes), size)
+
+
+def _check_image(value, root, unpacked):
+    """An image cell -> (its path, (width, height)). Raises InputError unless the header can be read and the path stays inside root."""
+    if isinstance(value, list):
+        _need(len(value) == 1, f"the field 'image' holds {len(value)} images; P2R asks about one")
+        value = value[0]
+    if isinstance(value, dict) and "unpacked" in value:
+        path = unpacked / value["unpacked"]
+    else:
+        value = value.get("path") if isinstance(value, dict) else value
+        _need(isinstance(value, str) and len(value) < 1000, f"the field 'image' must be a path, not {str(value)[:80]!r}")
+        path = inside(root, value)
+    if not path.is_file():
+        archives = _archives(root)
+        raise InputError(f"the field 'image' names {path}, which does not exist; " + (
+            f"images may still be inside {', '.join(archives)}: unpack them, and say where with --images" if archives else
+            "--images says where paths start"))
     try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{where}: not a JSON object ({error})") from error
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: not a JSON object but a {type(row).__name__}")
-    for name in ("image", "question", "answer"):
-        if name not in row:
-            raise InputError(f"{where}: the field {name!r} is missing")
-        if not isinstance(row[name], str) and not (name == "answer" and _is_number(row[name])):
-            raise InputError(f"{where}: the field {name!r} must be text, not {row[name]!r}")
-        if not str(row[name]).strip():
-            raise InputError(f"{where}: the field {name!r} is empty")
-    form = row.get("answer_form", "free_form")
-    if not isinstance(form, str) or form not in FORMS:
-        raise InputError(f"{where}: the field 'answer_form' must be one of {', '.join(FORMS)}, not {form!r}")
-    options = row.get("options") or []
-    if not isinstance(options, list) or len(options) > len(LETTERS) or not all(isinstance(o, str) for o in options):
-        raise InputError(f"{where}: the field 'options' must be a list of at most {len(LETTERS)} texts, not {options!r}")
-    boxes = row.get("boxes") or []
-    for box in boxes if isinstance(boxes, list) else [None]:
-        if not (isinstance(box, list) and len(box) == 4 and all(_is_number(v) and 0 <= v <= 1000 for v in box)
-                and box[0] < box[2] and box[1] < box[3]):
-            raise InputError(f"{where}: the field 'boxes' must be a list of [x1, y1, x2, y2] between 0 and 1000 with "
-                             f"x1 < x2 and y1 < y2, not {boxes!r}")
-    try:
-        image = inside(root, row["image"])
-        with open_image(image) as header:
+        with open_image(path) as header:
             width, height = header.size
     except Exception as error:  # Pillow raises a dozen kinds for a broken file
-        raise InputError(f"{where}: the field 'image' names {row['image']}, which cannot be read: {error}") from error
-    if max(width, height) > MAX_RATIO * min(width, height):
-        raise InputError(f"{where}: the field 'image' names {image}, which is {width} x {height}: Qwen3-VL takes images up to "
-                         f"{MAX_RATIO} times as long as wide")
-    answer = str(row["answer"])
-    if form == "free_form" and not plain_words(answer):
-        raise InputError(f"{where}: the field 'answer' is {answer!r}, which holds no word to compare with")
-    if form == "mca" and option_letter(answer, options) is None:
-        raise InputError(f"{where}: the field 'answer' is {answer!r}, which names no option letter A to F")
-    if form == "mca" and options and option_letter(answer, options) not in LETTERS[:len(options)]:
-        raise InputError(f"{where}: the field 'answer' is {answer!r}, but there are only {len(options)} options")
-    if form == "na" and number_in(answer) is None:
-        raise InputError(f"{where}: the field 'answer' is {answer!r}, which is not a number")
-    question = "\n".join([row["question"].strip(), *(f"{letter}. {o}" for letter, o in zip(LETTERS, options))])
-    return Example(image, question, answer, form, tuple(options), str(row.get("category", "")),
-                   str(row.get("id", number)), tuple(Box(*map(float, box)) for box in boxes), (width, height))
+        raise InputError(f"the field 'image' names {path}, which cannot be read: {error}") from error
+    _need(max(width, height) <= MAX_RATIO * min(width, height), f"the field 'image' names {path}, which is {width} x {height}: "
+          f"Qwen3-VL takes images up to {MAX_RATIO} times as long as wide")
+    return path, (width, height)
+
+
+@functools.cache
+def _archives(root):
+    """Archives in the image folder or beside it."""
+    found = [f for folder in (root, root.parent) if folder.is_dir() for f in sorted(folder.iterdir())]
+    return [f.name for f in found if f.suffix in (".zip", ".tar", ".tgz", ".gz", ".7z", ".rar")][:4]
+
+
+# Sentences that data sets add and that contradict our prompts: they say how to answer, not what is asked.
+_INSTRUCTION = re.compile(
+    r"(?:(?:please|only|then|and|first|carefully),? )*(?:answer|respond|reply|select|choose|pick|output|provide|give|return|put|"
+    r"enclose|think|reason|write|use|(?:your|the) (?:final |best |correct )?(?:answer|response))\b.*(?:"
+    r"option'?s? letter|letters? (?:of (?:the|your) (?:correct|right|best|chosen|option|answer|choice)|corresponding|\()|"
+    r"(?:given|following|provided|above|listed|these) (?:options|choices)|(?:correct|best|right) (?:option|choice|answer)|"
+    r"directly|(?:single|one) (?:word|number|letter|phrase)|short phrase|boxed|step by step|tool_call|zoom_in|"
+    r"(?:call|use|using) .*tools?\b|nothing else|<think>|<answer>).*|"
+    r"(?:your|the) (?:final|best|correct|right) answer(?: is)?:?", re.IGNORECASE | re.DOTALL)
+
+
+def clean_question(text):
+    """A data set's question without <image> tags and without sentences on how to answer.
+
+    A sentence that ends in a question mark always stays, and so does a text that would vanish.
+    """
+    text = re.sub(r"<image>", "", text).strip()
+    sentences = re.split(r"(?<=[.!?])(?=\s)|(?<=\n)", text)
+    kept = [s for s in sentences if s.strip().endswith("?") or not _INSTRUCTION.fullmatch(s.strip())]
+    return "".join(kept).strip() or text
+
+
+def split_options(question):
+    """Options written into a question as lines "(A) red", "B. blue" ... -> (question without them, options)."""
+    lines = question.split("\n")
+    found = [re.fullmatch(r"\s*\(?([A-F])[).:]\s*(\S.*?)\s*", line) for line in lines]
+    letters = [m[1] for m in found if m]
+    if len(letters) < 2 or letters != list(LETTERS[:len(letters)]):
+        return question, []
+    return "\n".join(line for line, m in zip(lines, found) if not m).strip(), [m[2] for m in found if m]
 
 
 def _is_number(value):
@@ -153,68 +347,123 @@ def _is_number(value):
 
 
 class Score(NamedTuple):
-    reward: float    # 1.0 or 0.0
-    answered: bool   # False: no <answer>..</answer> in the text, which earns 0 and is counted
+    reward: float         # 1.0 or 0.0
+    answered: bool        # False: no <answer>..</answer> in the text, which earns 0 and is counted
+    open: bool = False    # a free-form answer in other words than the truth: a judge may still accept it
+    judged: bool = False  # a judge was asked
+
+
+def grade(pairs, judge=None, rule=None):
+    """(text, example) pairs -> a Score each. Training's reward and evaluation's verdict are this one function.
+
+    `rule` (default: score) decides alone, but for free-form answers in other words; those go to the
+    `judge` where there is one, all in one call, and are wrong where there is none.
+    """
+    pairs = list(pairs)
+    scores = [(rule or score)(text, example) for text, example in pairs]
+    unsettled = [i for i, s in enumerate(scores) if s.open and judge]
+    if unsettled:
+        for i, yes in zip(unsettled, judge([(answer_in(pairs[i][0]), pairs[i][1]) for i in unsettled])):
+            scores[i] = Score(float(yes), True, judged=True)
+    return scores
 
 
 def score(text, example):
-    """A Reasoner's text -> Score. Training's reward and evaluation's verdict are this one function.
+    """A Reasoner's text -> Score. Only what stands inside the last <answer>..</answer> counts.
 
-    Only what stands inside the last <answer>..</answer> counts. (The authors score the whole text
-    in training where the tags are missing, and call it wrong in evaluation.)
+    (The authors score the whole text in training where the tags are missing, and call it wrong in evaluation.)
     """
+    answer = answer_in(text)
+    if answer is None:
+        return Score(0.0, False)
+    right = correct(answer, example)
+    # What is longer than a short phrase, or would put control tokens into the judge's prompt, is wrong unasked.
+    short = 0 < len(answer.split()) <= 20 and len(answer) <= 200 and "<|" not in answer
+    return Score(float(right), True, open=short and not right and example.answer_form == "free_form")
+
+
+def answer_in(text):
+    """What stands inside the last <answer>..</answer>, or None."""
     before, closing, _ = text.rpartition("</answer>")
     _, opening, answer = before.rpartition("<answer>")
-    if not closing or not opening:
-        return Score(0.0, False)
-    return Score(float(correct(answer, example)), True)
+    return answer.strip() if closing and opening else None
 
 
 def correct(answer, example):
-    """Is this answer the example's answer? The rule depends on the example's answer_form."""
+    """Is this answer the example's answer, word for word, number for number, letter for letter?"""
     if example.answer_form == "mca":
         letter = option_letter(answer, example.options)
         return letter is not None and letter == option_letter(example.answer, example.options)
     if example.answer_form == "na":
-        given, true = number_in(answer), number_in(example.answer)
-        return given is not None and abs(given - true) <= 1e-6 * max(1.0, abs(true))
-    if example.answer_form != "free_form":
-        raise InputError(f"the answer form {example.answer_form!r} of example {example.id} is unknown")
+        return same_number(answer, example.answer)
+    _need(example.answer_form == "free_form", f"the answer form {example.answer_form!r} of example {example.id} is unknown")
     return plain_words(answer) == plain_words(example.answer) != ""
 
 
-_LETTER = re.compile(r"(?:(?:the )?(?:(?:final|correct|right|best) )?(?:answer|option|choice)(?: is)?:? ?)?"
-                     r"\(?([a-f])(?:\)|\.|:|\))*(?: .*)?", re.IGNORECASE)
+_PREFIX = re.compile(r"(?:(?:(?:the|my)\s)?(?:(?:final|correct|right|best)\s)?(?:answer|option|choice)(?:\sis)?\s?:?\s?){1,2}(?=\S)",
+                     re.IGNORECASE)
 
 
 def option_letter(text, options=()):
     """The one option letter A..F that a text names, or None.
 
     Accepts "C", "c", "(C)", "C.", "C. blue", "**C**", "The answer is C" and the full text of an
-    option. Refuses "A or B", "Apple", "A blue car", "" and letters somewhere in a sentence.
+    option. Refuses "A or B", "Apple", "A blue car", "", letters somewhere in a sentence, essays, and
+    a letter before the text of another option.
     """
-    text = " ".join(text.replace("*", " ").split()).rstrip(" .")
-    matches = [letter for letter, option in zip(LETTERS, options) if plain_words(option) == plain_words(text) != ""]
-    if len(matches) == 1 and not re.match(r"\(?\w[).:]", text):  # an option's own text, without a letter before it
-        return matches[0]
-    found = _LETTER.fullmatch(text)
+    text = " ".join(re.sub(r"[*`$]|\\boxed|\\text|[{}]", " ", text).split()).rstrip(" .,")
+    texts = {letter: plain_words(option) for letter, option in zip(LETTERS, options)}
+    for bare in (text, _PREFIX.sub("", text, count=1) if _PREFIX.match(text) else text):
+        named = [letter for letter, words in texts.items() if words == plain_words(bare) != ""]
+        if len(named) == 1 and not re.match(r"\(?\w[).:]", bare):  # an option's own text, without a letter before it
+            return named[0]
+    found = re.fullmatch(r"(\(?)([A-Fa-f])\b(.*)", bare)
     if not found:
         return None
-    letter, rest = found[1].upper(), text[found.end(1):]
-    if not rest.strip(").: "):                                  # "C", "(C)", "C."
+    opening, letter, rest = found[1], found[2].upper(), found[3]
+    marked = re.match(r"(\)[.:]?|[.:]+)(?=\s|$)" if opening else r"([).:]+|\s[-:])(?=\s|$)", rest)
+    tail = rest[marked.end():].strip() if marked else rest
+    words = plain_words(tail)
+    if not words or words == texts.get(letter):       # "C", "(C)", "C."; "C. green", "C green": its own option
         return letter
-    own = dict(zip(LETTERS, options)).get(letter, "")
-    if plain_words(rest) == plain_words(own) != "":             # "C. Vitamin C", its own option
-        return letter
-    marked = re.match(r"\s?[).:]", rest)                        # "C. blue", but not "A blue car"
-    second = re.search(r"\b(or|and)\b|\b[A-F]\b", rest)       # "A. or B."
-    return letter if marked and not second else None
+    if not marked or words in texts.values() or len(words.split()) > 10:  # "A blue car"; "B. green"; an essay
+        return None
+    other = re.search(r"^(or|and|&|/)|\b(or|and)\s\(?[a-f]\b|\b[A-Fb-f]\b", re.sub(r"^A\s", "", tail))
+    return None if other else letter                  # "A. or B."; but "B. A cat" is fine
+
+
+_NUMBER = re.compile(r"(?<![\w.,/])([-+]?)\$?((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:e([-+]?\d{1,2})\b)?"
+                     r"(?:\s?/\s?(\d+))?(?![\d/]|[.,]\d)\s?(%|percent\b)?", re.IGNORECASE)
+_NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+
+
+class Number(NamedTuple):
+    value: float
+    percent: bool
 
 
 def number_in(text):
-    """The one number of a text, units allowed ("1,200 m" -> 1200.0), or None for none or several."""
-    numbers = re.findall(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)", text.replace("\u2212", "-"))
-    return float(numbers[0].replace(",", "")) if len(numbers) == 1 else None
+    """The one number of a text, or None for none or several.
+
+    "1,200 m", "1200.0", "-2.5", "3/4", "75%", "1.5e3", "$5" and the words zero to twelve; units may follow.
+    """
+    words = plain_words(text)
+    if words in _NUMBER_WORDS:
+        return Number(float(_NUMBER_WORDS.index(words)), False)
+    found = list(_NUMBER.finditer(text.replace("\u2212", "-")))
+    if len(found) != 1 or re.search(r"\d", text[:found[0].start()]) or float(found[0][4] or 1) == 0:
+        return None
+    sign, digits, exponent, below, percent = found[0].groups()
+    return Number(float(f"{sign}{digits.replace(',', '')}e{exponent or 0}") / float(below or 1), bool(percent))
+
+
+def same_number(answer, truth):
+    """Equal to one part in a million. 75% is 0.75; where only one of the two has the sign, it may also be 75."""
+    a, b = number_in(answer), number_in(truth)
+    if a is None or b is None:
+        return False
+    readings = [[n.value, n.value / 100] if n.percent and not other.percent else [n.value] for n, other in ((a, b), (b, a))]
+    return any(math.isclose(x, y, rel_tol=1e-6, abs_tol=1e-12) for x in readings[0] for y in readings[1])
 
 
 def plain_words(text):
@@ -223,19 +472,130 @@ def plain_words(text):
     return " ".join(words[1:] if len(words) > 1 and words[0] in ("a", "an", "the") else words)
 
 
+JUDGE = """Question: {question}
+Correct answer: {truth}
+Given answer: {given}
+
+Does the given answer mean the same as the correct answer? Reply with Yes or No."""
+
+
+class Judge:
+    """A frozen language model that says whether an answer in other words is right. Text only, greedy.
+
+    It is asked for Yes or No, and the verdict is whichever is more likely as the first token: one forward
+    for a batch of answers. In training the default is the frozen copy that is in memory anyway;
+    the paper uses a separate verifier (`--judge MODEL`).
+    """
+
+    def __init__(self, model, tokenizer, batch=32):
+        self.model, self.tokenizer, self.batch = model, tokenizer, batch
+        self.yes, self.no = (tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in ("Yes", "No"))
+        if self.yes == self.no:
+            raise InputError("--judge: Yes and No begin with the same token in this model's vocabulary; choose another")
+
+    @classmethod
+    def load(cls, name, device):
+        """A hub id or folder of a chat model, text or vision -> Judge. Raises InputError."""
+        folder = find(name, "--judge")
+        try:
+            vision = hasattr(transformers.AutoConfig.from_pretrained(folder), "vision_config")
+            kind = transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
+            model = kind.from_pretrained(folder, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"--judge {name} cannot be loaded: {' '.join(str(error).split())}") from error
+        if tokenizer.chat_template is None:
+            raise InputError(f"--judge {name} has no chat template: choose an instruction-tuned model")
+        return cls(model.to(device).eval().requires_grad_(False), tokenizer)
+
+    @torch.no_grad()
+    def __call__(self, cases):
+        """(answer, example) pairs -> a bool each."""
+        verdicts = []
+        for start in range(0, len(cases), self.batch):
+            texts = [self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": JUDGE.format(question=e.question, truth=e.answer, given=" ".join(answer.split()))}],
+                tokenize=False, add_generation_prompt=True, enable_thinking=False) for answer, e in cases[start:start + self.batch]]
+            rows = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+            width = max(map(len, rows))
+            ids = torch.tensor([[self.no] * (width - len(r)) + r for r in rows], device=self.model.device)        # (B, P)
+            mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=self.model.device)  # (B, P)
+            logits = self.model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+                                use_cache=False, logits_to_keep=1).logits[:, -1]                                  # (B, V)
+            verdicts += (logits[:, self.yes] > logits[:, self.no]).tolist()
+        return verdicts
+
+
 # ---------------------------------------------------------------------------------------------
-# Accuracy on a set
+# Asking a model
+
+
+def setting(default, group, text, choices=None):
+    return dataclasses.field(default=default, metadata={"group": group, "help": text, "choices": choices})
+
+
+def add_flags(parser, settings):
+    """One flag for every field of a dataclass made of `setting`s; only flags that are given come back."""
+    groups = {}
+    for field in dataclasses.fields(settings):
+        group, kind = field.metadata["group"], {"action": argparse.BooleanOptionalAction} if field.type is bool else {
+            "type": field.type, "choices": field.metadata["choices"]}
+        groups.setdefault(group, parser.add_argument_group(group)).add_argument(
+            "--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, **kind,
+            help=f"{field.metadata['help']} (default: {'none' if field.default == '' else field.default})".replace("%", "%%"))
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a model is asked. The defaults are the authors' evaluation."""
+    mode: str = setting("p2r", "protocol", "two stages; think and answer on the plain image; answer at once on the plain image; "
+                        "reason with the data's true boxes", ("p2r", "think", "direct", "oracle"))
+    evidence: str = setting("both", "protocol", "what the Reasoner sees of the boxes", tuple(REGIONS))
+    max_boxes: int = setting(0, "protocol", "use only so many of the boxes; 0: all (three are cropped)")
+    max_pixels: int = setting(4_194_304, "protocol", "pixel budget of every image the model sees, crops too")
+    min_pixels: int = setting(16_384, "protocol", "smaller images are scaled up to this")
+    perceive_tokens: int = setting(256, "protocol", "longest Perceiver response")
+    reason_tokens: int = setting(1024, "protocol", "longest Reasoner response")
+    penalty: float = setting(1.05, "protocol", "repetition penalty; 1: none")
+    batch: int = setting(8, "protocol", "questions asked together")
+
+
+def ask(model, codec, examples, how, judge=None):
+    """Yields a record, a dict ready for JSON, for each Example. Greedy, so deterministic.
+
+    boxes are the Perceiver's (or, in mode "oracle", the true ones), perceived and reasoned the two texts.
+    """
+    limits = dict(greedy=True, batch=how.batch, penalty=how.penalty)
+    for start in range(0, len(examples), 4 * how.batch):  # a killed run loses no more than this
+        chunk = examples[start:start + 4 * how.batch]
+        perceived, parsed = [None] * len(chunk), [None] * len(chunk)
+        boxes = [e.boxes if how.mode == "oracle" else () for e in chunk]
+        if how.mode == "p2r":
+            perceived = [g.completions[0].text for g in perceive(model, codec, chunk, max_tokens=how.perceive_tokens, **limits)]
+            parsed = [parse_boxes(text) for text in perceived]
+            boxes = [p.boxes[:how.max_boxes or None] for p in parsed]
+        groups = direct(model, codec, chunk, max_tokens=how.reason_tokens, **limits) if how.mode == "direct" else \
+            reason(model, codec, list(zip(chunk, boxes)), how.evidence, max_tokens=how.reason_tokens, **limits)
+        texts = [g.completions[0].text for g in groups]
+        if how.mode == "direct":  # the whole text is the answer
+            texts = [f"<answer>{text}</answer>" for text in texts]
+        scores = grade(zip(texts, chunk), judge)
+        for e, text, seen, p, found, s in zip(chunk, texts, perceived, parsed, boxes, scores):
+            yield {"id": e.id, "category": e.category, "rotation": e.rotation, "image": str(e.image), "question": e.question,
+                   "options": list(e.options), "answer": e.answer, "answer_form": e.answer_form, "boxes": [list(b) for b in found],
+                   "parsable": p.parsable if p else None, "perceived": seen, "reasoned": text,
+                   "reward": s.reward, "answered": s.answered, "judged": s.judged}
 
 
 def hits(boxes, example):
     """Does the first predicted box contain the centre of the first true box?"""
     true = example.boxes[0]
     x, y = (true.x1 + true.x2) / 2, (true.y1 + true.y2) / 2
-    return bool(boxes) and boxes[0].x1 <= x <= boxes[0].x2 and boxes[0].y1 <= y <= boxes[0].y2
+    return bool(boxes) and boxes[0][0] <= x <= boxes[0][2] and boxes[0][1] <= y <= boxes[0][3]
 
 
-def evaluate(model, codec, examples, *, perceive_tokens, reason_tokens, batch):
-    """Greedy accuracy of one model in both roles. Returns fractions, or None where not measurable:
+def evaluate(model, codec, examples, how, judge=None):
+    """Accuracy of one model in both roles, for training's report. Returns fractions, or None where not measurable:
 
     p2r     perceive, crop, reason: the method
     hit     the first box contains the centre of the asked object (needs `boxes`)
@@ -243,33 +603,23 @@ def evaluate(model, codec, examples, *, perceive_tokens, reason_tokens, batch):
     oracle  reason with the true boxes: what the Reasoner could do with a perfect Perceiver
     n       number of examples; unparsable, unanswered: shares of the p2r outputs
     """
-    answer_how = dict(greedy=True, max_tokens=reason_tokens, batch=batch)
+    def run(mode, examples):
+        records = ask(model, codec, examples, dataclasses.replace(how, mode=mode), judge)
+        return list(tqdm(records, f"eval {mode}", total=len(examples), leave=False, unit="q"))
 
-    def run(name, groups, count):
-        bar = tqdm(groups, f"eval {name}", total=count, leave=False, unit="q")
-        return [group.completions[0].text for group in bar]
-
-    def accuracy(name, cases):
-        scores = [score(text, e) for text, (e, _) in zip(run(name, reason(model, codec, cases, **answer_how),
-                                                             len(cases)), cases)]
-        return mean(s.reward for s in scores), mean(not s.answered for s in scores)
-
-    parsed = [parse_boxes(text) for text in run("boxes", perceive(
-        model, codec, examples, greedy=True, max_tokens=perceive_tokens, batch=batch), len(examples))]
-    known = [e for e in examples if e.boxes]
-    p2r, unanswered = accuracy("p2r", [(e, p.boxes) for e, p in zip(examples, parsed)])
+    p2r = run("p2r", examples)
     return {
-        "p2r": p2r,
-        "hit": mean(hits(p.boxes, e) for e, p in zip(examples, parsed) if e.boxes),
-        "plain": accuracy("plain", [(e, ()) for e in examples])[0],
-        "oracle": accuracy("oracle", [(e, e.boxes) for e in known])[0],
+        "p2r": mean(r["reward"] for r in p2r),
+        "hit": mean(hits(r["boxes"], e) for r, e in zip(p2r, examples) if e.boxes),
+        "plain": mean(r["reward"] for r in run("think", examples)),
+        "oracle": mean(r["reward"] for r in run("oracle", [e for e in examples if e.boxes])),
         "n": len(examples),
-        "unparsable": mean(not p.parsable for p in parsed),
-        "unanswered": unanswered,
+        "unparsable": mean(not r["parsable"] for r in p2r),
+        "unanswered": mean(not r["answered"] for r in p2r),
     }
 
 
-def print_table(report):
+def print_report(report):
     """Print p2r_min's report as a small table: {"before": ..., "during": [...], "after": ...} of `evaluate` results."""
     rows = {"before": report["before"], **{f"step {r['step']}": r for r in report["during"]}, "after": report["after"]}
     print(f"\n{'held-out, n = ' + str(report['after']['n']):52}" + "".join(f"{name:>9}" for name in rows))
@@ -283,3 +633,192 @@ def mean(values):
     """The mean of some numbers as a float, or None of none at all."""
     values = [float(v) for v in values]
     return sum(values) / len(values) if values else None
+
+
+# ---------------------------------------------------------------------------------------------
+# Benchmarks: the tables that papers print
+
+CATEGORIES = {  # a data set's category -> the papers' column
+    "direct_attributes": "attribute", "relative_position": "spatial", "single": "FSP", "cross": "FCP",
+    **{f"{task}/{name}": f"{task[0]}-{short}" for task in ("perception", "reasoning") for name, short in (
+        ("ocr with complex context", "OCR"), ("remote sensing", "RS"), ("diagram and table", "DT"), ("monitoring", "MO"),
+        ("autonomous_driving", "AD"))},
+}
+def accuracy(records):
+    """(share of right answers, how many independent questions stand behind it).
+
+    HR-Bench asks every question once for each rotation of its options: the accuracy of each rotation is
+    averaged, and as the rotations of a question are not independent, it counts once.
+    """
+    rotations = {}
+    for r in records:
+        rotations.setdefault(r["rotation"], []).append(r["reward"])
+    return mean(mean(rewards) for rewards in rotations.values()), max(map(len, rotations.values()))
+
+
+def wilson(share, n, z=1.96):
+    """The 95 % confidence interval of a share of n: Wilson's score interval (1927), which stays inside 0..1."""
+    centre, spread = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
+
+
+def print_benchmark(records, title, spec, speed=None):
+    """The table that papers print: accuracy by category and overall in percent, with 95 % intervals."""
+    named = [CATEGORIES.get(r["category"].lower(), r["category"] or "all") for r in records]
+    published = json.loads((Path(__file__).parent / "assets" / "published.json").read_text())  # the papers' rows, in percent
+    name = next((n for n, rows in published.items() if set(named) <= set(rows["columns"])
+                 and ("HR" not in n or n[-2:].lower() in str(spec).lower())), None)
+    papers = published.get(name, {"columns": list(dict.fromkeys(named)) + ["overall"]})
+    full = papers.pop("columns")
+    columns = [c for c in full if c in named and c != "all"]
+    found = [accuracy([r for r, c in zip(records, named) if c == column]) for column in columns] + [accuracy(records)]
+    rows = {"this run": [f"{100 * share:.1f}" for share, _ in found],
+            "  95 % interval": ["{:.0f}-{:.0f}".format(*(100 * x for x in wilson(*f))) for f in found]}
+    for who, values in papers.items():
+        values = dict(zip(full, values))
+        rows[f"{who}, published"] = ["-" if values[c] is None else f"{values[c]:.1f}" for c in [*columns, "overall"]]
+    print(f"\n{title}: {name or spec}, {len(records):,} questions")
+    width = max([10] + [len(c) + 2 for c in columns])
+    for head, cells in {"": [*columns, "overall"], **rows}.items():
+        print(f"{head:24}" + "".join(f"{cell:>{width}}" for cell in cells))
+    boxes = [b for r in records for b in r["boxes"]]
+    area = mean((b[2] - b[0]) * (b[3] - b[1]) / 1e6 for b in boxes)
+    shares = {"without an answer": mean(not r["answered"] for r in records), "judged": mean(r["judged"] for r in records),
+              "unparsable boxes": mean(not r["parsable"] for r in records if r["parsable"] is not None)}
+    print(f"{len(boxes) / len(records):.2f} boxes a question" + (f" of {area:.1%} of the image" if boxes else "") + "; "
+          + ", ".join(f"{what} {share:.1%}" for what, share in shares.items() if share is not None)
+          + (f"; {speed:.2f} questions/s" if speed else ""))
+
+
+def benchmark(model, codec, examples, how, out, judge=None, pictures=0):
+    """Ask every example, one line of results.jsonl each, and go on where a killed run stopped -> (records, questions/s)."""
+    file = out / "results.jsonl"
+    whole = [line for line in (file.read_text().splitlines(True) if file.exists() else []) if line.endswith("\n")]
+    file.write_text("".join(whole))  # without the line that was cut off
+    records = [json.loads(line) for line in whole]
+    rest, start = examples[len(records):], time.perf_counter()
+    with file.open("a") as lines:
+        for record in tqdm(ask(model, codec, rest, how, judge), "asking", initial=len(records), total=len(examples), unit="q"):
+            lines.write(json.dumps(record) + "\n")
+            lines.flush()
+            records.append(record)
+            if len(records) <= pictures:
+                draw(record, examples[len(records) - 1]).save(out / f"{len(records):05d}.png")
+    return records, len(rest) / (time.perf_counter() - start) if rest else None
+
+
+def draw(record, example):
+    """One record -> the picture that tells its story."""
+    texts = [("perceiver", record["perceived"]), ("reasoner", record["reasoned"]), ("truth", record["answer"])]
+    return picture(example.load_image(), [Box(*b) for b in record["boxes"]], record["question"], [t for t in texts if t[1]])
+
+
+# ---------------------------------------------------------------------------------------------
+# The command line
+
+
+@dataclass
+class What:
+    """What is asked, of whom, and where it goes."""
+    model: str = setting("", "what", "Qwen3-VL: a hub id or a folder; without it the embedded toy")
+    data: str = setting("", "what", "questions: a file, folder or hub id; without it (and --image) the toy's")
+    images: str = setting("", "what", "folder that relative image paths start from; default: the data file's")
+    skip_bad: bool = setting(False, "what", "leave bad rows out, and count them, instead of stopping")
+    limit: int = setting(0, "what", "ask only so many questions, spread evenly over the data; 0: all")
+    judge: str = setting("none", "what", "who settles free-form answers in other words: none, self, or a model")
+    out: str = setting("", "what", "folder for results.jsonl and pictures; default: runs/eval-MODEL-DATA-MODE")
+    pictures: int = setting(8, "what", "draw the first so many questions")
+    score: str = setting("", "what", "a results.jsonl: score its texts again and print the table, without a model")
+    image: str = setting("", "any picture", "a picture of your own: prints boxes and answer, writes one picture")
+    question: str = setting("", "any picture", "what to ask about it")
+    answer_form: str = setting("free_form", "any picture", "the kind of answer", tuple(FORMS))
+
+
+def run_data(what, how):
+    """Every question of a data set -> results.jsonl, pictures and the table."""
+    examples = load_data(what.data, what.images, what.skip_bad)
+    if what.limit:
+        examples = [examples[i * len(examples) // what.limit] for i in range(min(what.limit, len(examples)))]
+    out = Path(what.out or "runs/eval-{}-{}-{}".format(Path(what.model).name, Path(what.data).stem, how.mode))
+    config = {"model": what.model, "data": what.data, "limit": what.limit, "judge": what.judge, **asdict(how)}
+    out.mkdir(parents=True, exist_ok=True)
+    known = json.loads((out / "config.json").read_text()) if (out / "config.json").exists() else config
+    changed = [f"{k} is {known.get(k)} there and {v} here" for k, v in config.items() if known.get(k) != v]
+    if changed:
+        raise InputError(f"{out} holds results of other settings ({'; '.join(changed)}): choose another --out")
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    model, codec = load(find(what.model), how.max_pixels, device(), how.min_pixels)
+    codec.check(e.question for e in examples)
+    judge = {"none": lambda: None, "self": lambda: Judge(model, codec.tokenizer)}.get(
+        what.judge, lambda: Judge.load(what.judge, device()))()
+    records, speed = benchmark(model, codec, examples, how, out, judge, what.pictures)
+    print_benchmark(records, f"{Path(what.model).name} in mode {how.mode}", what.data, speed)
+    print(f"results and pictures: {out}")
+
+
+def run_picture(what, how):
+    """One picture and one question of the user's own."""
+    if not what.question:
+        raise InputError("--image needs --question: what shall be asked about it?")
+    example = Example(_check_image(str(Path(what.image).resolve()), Path("/"), None)[0], what.question, "", what.answer_form)
+    model, codec = load(find(what.model), how.max_pixels, device(), how.min_pixels)
+    record, = ask(model, codec, [example], how)
+    size = example.load_image().size
+    for box, colour in zip(record["boxes"], itertools.cycle(COLOURS)):
+        print(f"{colour:8} {box[4]}: pixels {to_rect(box, size)}")
+    answer = answer_in(record["reasoned"])
+    print(f"answer   {'(none: the text has no <answer>)' if answer is None else answer}")
+    out = Path(what.out or "runs")
+    out.mkdir(parents=True, exist_ok=True)
+    file = next(f for i in itertools.count(1) if not (f := out / f"{Path(what.image).stem}-{i}.png").exists())
+    draw(record, example).save(file)
+    print(f"picture  {file}")
+
+
+def rescore(file):
+    """Score the texts of a results.jsonl again and print the table. A judge's verdicts are kept as they are."""
+    if not file.is_file() or not (file.parent / "config.json").is_file():
+        raise InputError(f"--score {file}: there must be such a file, and config.json beside it")
+    how = json.loads((file.parent / "config.json").read_text())
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    for r in records:
+        example = Example(Path(r["image"]), r["question"], r["answer"], r["answer_form"], tuple(r["options"]))
+        r["reward"] = r["reward"] if r["judged"] else score(r["reasoned"], example).reward
+    print_benchmark(records, f"{Path(how['model']).name} in mode {how['mode']}", how["data"])
+
+
+def device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description="Ask a model: a benchmark, or one picture.")
+    add_flags(parser, What)
+    add_flags(parser, Protocol)
+    given = vars(parser.parse_args(arguments))
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    what = What(**{k: v for k, v in given.items() if k in What.__dataclass_fields__})
+    given = {k: v for k, v in given.items() if k in Protocol.__dataclass_fields__}
+    try:
+        if what.score:
+            rescore(Path(what.score))
+            return 0
+        if not what.model:
+            world = toy.defaults()
+            what.model, what.data = world["model"], what.data or ("" if what.image else world["eval_data"])
+            given = dict(max_pixels=toy.BUDGET, min_pixels=toy.BUDGET, penalty=1.0, batch=64,
+                         perceive_tokens=world["perceive_tokens"], reason_tokens=world["reason_tokens"]) | given
+            print("no --model: this is the embedded toy, which knows nothing but the striped signs of its own small world")
+        if not what.data and not what.image:
+            raise InputError("--model needs --data (a benchmark, or questions of your own), or --image and --question")
+        how = Protocol(**given)
+        run_picture(what, how) if what.image else run_data(what, how)
+    except InputError as error:
+        print(f"eval.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

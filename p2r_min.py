@@ -1,7 +1,7 @@
 """PRA-GRPO for Perceive-to-Reason, on one GPU, in plain PyTorch.
 
     python p2r_min.py                                        # a tiny world, on a laptop's CPU
-    python p2r_min.py --model Qwen/Qwen3-VL-2B-Instruct --data train.jsonl
+    python p2r_min.py --model Qwen/Qwen3-VL-2B-Instruct      # the paper's data, from the hub
 
 One vision-language model plays two roles. As *Perceiver* it looks at the whole image and answers
 with boxes around the evidence; as *Reasoner* it sees the boxes drawn, the crops enlarged, and
@@ -28,8 +28,9 @@ Paper: arXiv 2607.01191. Where we depart from it or from the authors' code, and 
  5. Vision tokens cannot be sampled; they would break the next forward. Neither are they scored.
  6. Evidence reaches the partner as pixels, not through JPEG: what is trained is what was seen.
  7. The frozen perceiver may write --perceive-tokens, as when it is trained (the authors: 2048).
- 8. Free-form answers are right when they match the truth word for word (the authors ask a judge).
-    Option letters and numbers are read by stricter rules (eval.py), boxes by a more patient one (crop.py).
+ 8. Free-form answers in other words than the truth are settled by the frozen copy itself, asked for Yes or
+    No (the authors ask a separate verifier; --judge MODEL does). Option letters and numbers are read by
+    stricter rules (eval.py), boxes by a more patient one (crop.py).
  9. Masters in float32 live on across phases; Adam's moments start fresh in each, as in the paper,
     where each phase is a launch of its own.
 10. Questions are drawn in shuffled passes over the data that run on across phases; the paper makes
@@ -43,6 +44,7 @@ Paper: arXiv 2607.01191. Where we depart from it or from the authors' code, and 
 import argparse
 import copy
 import dataclasses
+import functools
 import itertools
 import random
 import sys
@@ -59,20 +61,18 @@ import eval as evaluation
 import grpo
 import toy
 from crop import parse_boxes, tricks, violation
-from rollout import InputError, find_model, load, perceive, reason, refuse_overlong, waiting
-
-
-def setting(default, group, text):
-    return dataclasses.field(default=default, metadata={"group": group, "help": text})
+from eval import setting
+from rollout import REGIONS, InputError, find, fitting, load, perceive, reason, waiting
 
 
 @dataclass
 class Settings:
     """Everything that can be chosen. Defaults are the paper's; the command line is made from this."""
     model: str = setting("", "what", "Qwen3-VL: a hub id or a folder; without it the embedded toy")
-    data: str = setting("", "what", "training questions, JSONL (eval.py tells the fields)")
-    eval_data: str = setting("", "what", "held-out questions, JSONL; without it accuracy is not measured")
+    data: str = setting("hongxingli/P2R-10k", "what", "training questions: a file, folder or hub id (eval.py tells the formats)")
+    eval_data: str = setting("", "what", "held-out questions; without them accuracy is not measured")
     images: str = setting("", "what", "folder that relative image paths start from; default: the data file's")
+    skip_bad: bool = setting(False, "what", "leave bad rows of the data out, and count them, instead of stopping")
     out: str = setting("", "what", "run folder; default: the first free runs/NAME-1, -2, ...")
 
     iterations: int = setting(1, "schedule", "times perception + reasoning")
@@ -87,6 +87,9 @@ class Settings:
     lr: float = setting(1e-6, "algorithm", "learning rate, constant")
     kl: float = setting(0.01, "algorithm", "coefficient of the KL to the frozen copy; 0 switches it off")
     clip: float = setting(0.2, "algorithm", "the ratio is clipped to 1 +- this; acts only from the second update on")
+    evidence: str = setting("both", "algorithm", "what the Reasoner sees of the boxes", tuple(REGIONS))
+    judge: str = setting("self", "algorithm", "who settles free-form answers in other words: self (the frozen copy), none, "
+                         "or another model, which then also measures")
     updates: int = setting(1, "algorithm", "optimizer steps on each batch")
     weight_decay: float = setting(0.01, "algorithm", "of AdamW, betas are 0.9 and 0.999")
     max_grad_norm: float = setting(1.0, "algorithm", "the gradient is scaled down to this norm")
@@ -102,8 +105,6 @@ class Settings:
 
     def check(self):
         """Raises InputError for the first setting that cannot work."""
-        if not self.data:
-            raise InputError("--model needs --data: a JSONL file with image, question and answer on each line")
         if self.group < 2:
             raise InputError(f"--group {self.group}: GRPO compares the samples of a group, so it needs at least 2")
         for name in ("iterations", "steps", "questions", "updates", "max_pixels", "perceive_tokens",
@@ -123,7 +124,7 @@ class Players:
     frozen: torch.nn.Module   # the policy as it was when the phase began
     codec: object             # rollout.Codec of both
     read_boxes: object        # text -> crop.Parsed
-    score: object             # (text, example) -> eval.Score
+    grade: object             # (text, example) pairs -> an eval.Score each
     fixed: dict               # reasoning phase: example -> (the frozen perceiver's text, its Parsed)
 
 
@@ -151,10 +152,10 @@ def perception(play, batch, s, generator):
     # (Labels never reach it; the order of the boxes does.) Void rollouts earn 0 and need no answer.
     void = [[violation(p.boxes) or (s.strict_boxes and ", ".join(sorted(tricks(p)))) for p in row] for row in parsed]
     cases = {evidence(q, p): (batch[q], p.boxes) for q, row in enumerate(parsed) for p, why in zip(row, void[q]) if not why}
-    answers = reason(play.frozen, play.codec, waiting(cases.values(), "frozen reasoner"), greedy=True,
+    answers = reason(play.frozen, play.codec, waiting(cases.values(), "frozen reasoner"), s.evidence, greedy=True,
                      max_tokens=s.reason_tokens, batch=s.rollout_batch * s.group)
     texts = {key: group.completions[0] for key, group in zip(cases, answers)}
-    scores = {key: play.score(c.text, batch[key[0]]) for key, c in texts.items()}
+    scores = dict(zip(texts, play.grade([(c.text, batch[key[0]]) for key, c in texts.items()])))
     rewards = torch.tensor([[0.0 if why else scores[evidence(q, p)].reward for p, why in zip(row, void[q])]
                             for q, row in enumerate(parsed)])                            # (Q, G)
     seconds = time.perf_counter() - start
@@ -180,13 +181,13 @@ def reasoning(play, batch, s, generator):
     play.fixed.update((example, (text, play.read_boxes(text))) for example, text in zip(new, texts))
     seconds = time.perf_counter() - start
     cases = [(example, play.fixed[example][1].boxes) for example in batch]
-    groups = list(reason(play.policy, play.codec, waiting(cases, "sampling answers"), group=s.group,
+    groups = list(reason(play.policy, play.codec, waiting(cases, "sampling answers"), s.evidence, group=s.group,
                          max_tokens=s.reason_tokens, batch=s.rollout_batch, generator=generator))
-    scores = [[play.score(c.text, example) for c in group.completions] for example, group in zip(batch, groups)]
-    rewards = torch.tensor([[score.reward for score in row] for row in scores])          # (Q, G)
+    scores = play.grade([(c.text, example) for example, group in zip(batch, groups) for c in group.completions])
+    rewards = torch.tensor([score.reward for score in scores]).view(len(batch), s.group)  # (Q, G)
     shown = (*cases[0], play.fixed[batch[0]][0], groups[0].completions[0], rewards[0, 0].item())
     return Rollouts(groups, rewards, [play.fixed[example][1] for example in batch],
-                    [score for row in scores for score in row], 0, 0, len(new), seconds, shown)
+                    scores, 0, 0, len(new), seconds, shown)
 
 
 PHASES = {"perception": perception, "reasoning": reasoning}
@@ -204,13 +205,13 @@ def train(s, read_boxes=parse_boxes, score=evaluation.score, resume=False):
     Raises InputError for what the user can mend, after saving if it happens in the loop; a reward is never invented.
     """
     s.check()
-    examples = evaluation.load_data(s.data, s.images)
-    held_out = evaluation.load_data(s.eval_data, s.images) if s.eval_data else []
-    source = find_model(s.model)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    examples = evaluation.load_data(s.data, s.images, s.skip_bad)
+    held_out = evaluation.load_data(s.eval_data, s.images, s.skip_bad, "--eval-data") if s.eval_data else []
+    source, device = find(s.model), evaluation.device()
     policy, codec = load(source, s.max_pixels, device)
     codec.check(example.question for example in examples + held_out)
-    refuse_overlong(codec, examples + held_out, s.text_tokens, max(s.perceive_tokens, s.reason_tokens))
+    examples, held_out = (fitting(codec, some, s.text_tokens, max(s.perceive_tokens, s.reason_tokens), s.skip_bad)
+                          for some in (examples, held_out))
     run = Path(s.out) if resume else checkpoint.new_run_folder(s)
     # Activation checkpointing on language and vision layers; transformers renamed the switch in 5.2x.
     checkpointing = getattr(policy, "activation_checkpointing_enable", None) or policy.gradient_checkpointing_enable
@@ -222,9 +223,12 @@ def train(s, read_boxes=parse_boxes, score=evaluation.score, resume=False):
         optimizer.load_masters(last)
     total = s.iterations * len(PHASES) * s.steps
 
+    judge = evaluation.Judge.load(s.judge, device) if s.judge not in ("self", "none") else None
+    how = evaluation.Protocol(evidence=s.evidence, max_pixels=s.max_pixels, perceive_tokens=s.perceive_tokens,
+                              reason_tokens=s.reason_tokens, penalty=1.0, batch=s.rollout_batch * s.group)
+
     def measure():
-        return evaluation.evaluate(policy, codec, held_out, perceive_tokens=s.perceive_tokens,
-                                   reason_tokens=s.reason_tokens, batch=s.rollout_batch * s.group)
+        return evaluation.evaluate(policy, codec, held_out, how, judge)  # a model never grades itself here
 
     def save():
         """All that the next step depends on, beside what `draw` and the sampler's seed derive from its number."""
@@ -250,7 +254,9 @@ def train(s, read_boxes=parse_boxes, score=evaluation.score, resume=False):
                 continue  # this phase was over before the run was resumed
             # One frozen copy for the whole phase: it plays the other role and anchors the KL.
             frozen = copy.deepcopy(policy).eval().requires_grad_(False)
-            play = Players(policy, frozen, codec, read_boxes, score, fixed={})
+            grade = functools.partial(evaluation.grade, rule=score,
+                                      judge=evaluation.Judge(frozen, codec.tokenizer) if s.judge == "self" else judge)
+            play = Players(policy, frozen, codec, read_boxes, grade, fixed={})
             optimizer.reset()
             if step % s.steps:  # resumed inside this phase
                 grpo.read_into(last / "frozen.safetensors", dict(frozen.named_parameters()))
@@ -291,14 +297,14 @@ def train(s, read_boxes=parse_boxes, score=evaluation.score, resume=False):
                     save()
                 if asked_to_stop:
                     sys.exit(128 + asked_to_stop[0])
-            del play, frozen  # before the next copy is made
+            del play, grade, frozen  # before the next copy is made
         if held_out:
             report["after"] = measure()
             checkpoint.write_json(run / "eval.json", report)
         checkpoint.save_model(policy, source, run / "final")
         checkpoint.finish(run, step)
     if held_out:
-        evaluation.print_table(report)
+        evaluation.print_report(report)
     print(f"run folder: {run} (metrics.jsonl, samples/, final/)")
     return run
 
@@ -329,6 +335,7 @@ def summary(rollouts):
         "truncated": mean(not c.ended for c in completions),
         "unparsable": mean(not p.parsable for p in rollouts.parsed),
         "unanswered": mean(not score.answered for score in rollouts.scores),
+        "judged": mean(score.judged for score in rollouts.scores),
         "void": rollouts.void / len(completions),
         **{f"boxes_{name}": mean(name in tricks(p) for p in rollouts.parsed) for name in ("whole", "nested", "many")},
         "unparsable_rewarded": rollouts.unearned / len(completions),
@@ -341,13 +348,7 @@ def summary(rollouts):
 def main(arguments=None):
     """The command line, made from Settings. Explicit flags win over the toy's values."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    groups = {}
-    for field in dataclasses.fields(Settings):
-        group = field.metadata["group"]
-        kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
-        groups.setdefault(group, parser.add_argument_group(group)).add_argument(
-            "--" + field.name.replace("_", "-"), **kind, default=argparse.SUPPRESS,
-            help=f"{field.metadata['help']} (default: {'none' if field.default == '' else field.default})".replace("%", "%%"))
+    evaluation.add_flags(parser, Settings)
     parser.add_argument("--resume", metavar="RUN",
                         help="go on with this run folder; may come with --" + ", --".join(sorted(checkpoint.MAY_CHANGE)).replace("_", "-"))
     explicit = vars(parser.parse_args(arguments))

@@ -16,6 +16,8 @@ the prompts is ours.
 import itertools
 import json
 import os
+import re
+import shutil
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,8 +27,8 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer, DynamicCache, Qwen2VLImageProcessorPil
-from transformers import Qwen3VLForConditionalGeneration
+from transformers import (AutoConfig, AutoTokenizer, DynamicCache, Qwen2VLImageProcessorPil, Qwen3VLForConditionalGeneration,
+                          RepetitionPenaltyLogitsProcessor)
 
 from crop import MAX_CROPS, PLACEHOLDER, gather
 
@@ -49,10 +51,19 @@ Reply with JSON only, the most important region first:
 Coordinates go from 0 to 1000, relative to the width and the height of the image. \
 If the whole image is needed, reply [].""" % PLACEHOLDER
 
-REGIONS = """Coloured boxes in the first image mark the regions that matter. The images after it \
+REGIONS = {  # what the Reasoner is told of its evidence; without boxes nothing
+    "both": """Coloured boxes in the first image mark the regions that matter. The images after it \
 show the first of them enlarged, in this order: red, green, blue.
 
-"""
+""",
+    "annotated": """Coloured boxes in the image mark the regions that matter.
+
+""",
+    "crops": """The images show the regions that matter, enlarged, the most important first.
+
+""",
+    "none": "",
+}
 
 REASONER = """{regions}{question}
 
@@ -65,24 +76,36 @@ FORMS = {  # the last sentence depends on the kind of answer
     "free_form": "The answer is a word or a short phrase and nothing else.",
 }
 
+DIRECT = """{question}
+
+Reply with the answer alone. {form}"""  # no roles and no reasoning: a baseline of evaluation
+
 
 def perceiver_prompt(codec, image, question):
     """The Perceiver's prompt: the whole image, scaled to the pixel budget, then the question."""
     return codec.encode(PERCEIVER.format(question=question), [image])
 
 
-def reasoner_prompt(codec, image, boxes, question, answer_form):
+def reasoner_prompt(codec, image, boxes, question, answer_form, evidence="both"):
     """The Reasoner's prompt: annotated image, crops, question.
 
-    Without boxes it is the plain image and a prompt that does not mention regions; that is also
-    the baseline "think and answer on the plain image".
+    evidence: "both", or only the "annotated" image, only the "crops", or "none" of them (the paper's
+    comparison). Without boxes, or with "none", it is the plain image and a prompt that does not
+    mention regions; that is also the baseline "think and answer on the plain image".
     """
+    if not boxes or evidence == "none":
+        boxes, evidence = (), "none"
     annotated, crops = gather(image, boxes)
     if answer_form not in FORMS:
         raise InputError(f"the answer form {answer_form!r} is unknown; there are {', '.join(FORMS)}")
-    text = REASONER.format(regions=REGIONS if boxes else "", question=question,
-                           form=FORMS[answer_form])
-    return codec.encode(text, [annotated, *crops])
+    images = {"both": [annotated, *crops], "annotated": [annotated], "crops": crops, "none": [image]}[evidence]
+    text = REASONER.format(regions=REGIONS[evidence], question=question, form=FORMS[answer_form])
+    return codec.encode(text, images)
+
+
+def direct_prompt(codec, image, question, answer_form):
+    """No roles: the plain image, the question, and the answer at once."""
+    return codec.encode(DIRECT.format(question=question, form=FORMS[answer_form]), [image])
 
 
 def overlong(codec, examples, text_tokens, response_tokens):
@@ -94,7 +117,7 @@ def overlong(codec, examples, text_tokens, response_tokens):
     """
     budget, found = codec.size["longest_edge"] // codec.token_side**2, {}
     for e in examples:
-        reasoner = REASONER.format(regions=REGIONS, question=e.question, form=FORMS[e.answer_form])
+        reasoner = REASONER.format(regions=REGIONS["both"], question=e.question, form=FORMS[e.answer_form])
         for text, crops in ((PERCEIVER.format(question=e.question), 0), (reasoner, MAX_CROPS)):
             words = len(codec.tokenizer(codec.render(text, 0), add_special_tokens=False)["input_ids"]) + 2  # around the image
             tokens = words + codec.visual_tokens(*e.size) + crops * (budget + 2)
@@ -104,13 +127,18 @@ def overlong(codec, examples, text_tokens, response_tokens):
     return [(e, *numbers) for e, numbers in found.items()]
 
 
-def refuse_overlong(codec, examples, text_tokens, response_tokens):
-    """Raises InputError that counts the prompts which are too long and lists the first ten."""
+def fitting(codec, examples, text_tokens, response_tokens, skip=False):
+    """The examples without the overlong ones. Those are counted, the first ten listed: in a line that is printed where
+    `skip` leaves them out, else in an InputError."""
     found = overlong(codec, examples, text_tokens, response_tokens)
     if found:
         names = ", ".join(f"{e.id} ({tokens} tokens, {limit} allowed)" for e, tokens, limit in found[:10])
-        raise InputError(f"{len(found)} of {len(examples)} questions make prompts that are too long: {names}"
-                         f"{', ...' * (len(found) > 10)}; shorten them, leave them out, or raise --text-tokens")
+        told = f"{len(found)} of {len(examples)} questions make prompts that are too long: {names}{', ...' * (len(found) > 10)}"
+        if not skip or len(found) == len(examples):
+            raise InputError(f"{told}; shorten them, leave them out with --skip-bad, or raise --text-tokens")
+        print(f"skipped: {told}")
+    long = {e for e, *_ in found}
+    return [e for e in examples if e not in long]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -223,20 +251,51 @@ class Codec:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def find_model(name):
-    """A folder as it is; anything else is a hub id, downloaded once by huggingface_hub. Raises InputError."""
-    if Path(name).is_dir():
+def find(name, flag="--model", kind="model"):
+    """A local path as it is; anything else is a hub id, downloaded once by huggingface_hub -> Path.
+
+    `owner/name/path` is one file or folder of a hub repository. Raises InputError that names `flag`.
+    """
+    if Path(name).exists():
         return Path(name)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise InputError(f"--model {name}: there is no such folder, and it does not look like a hub id (owner/name)")
+    owner, _, rest = str(name).partition("/")
+    repository, _, inside = rest.partition("/")
+    if not re.fullmatch(r"[\w-][\w.-]*", owner) or not repository:
+        raise InputError(f"{flag} {name}: there is no such file or folder, and it does not look like a hub id (owner/name)")
     try:
-        return Path(snapshot_download(name))
+        folder = Path(snapshot_download(f"{owner}/{repository}", repo_type=kind,
+                                        allow_patterns=[inside, f"{inside}/*"] if inside else None))
     except Exception as error:  # the hub's many errors share no narrower class across its versions
-        raise InputError(f"--model {name}: there is no such folder, and the hub did not give it "
+        raise InputError(f"{flag} {name}: there is no such file or folder, and the hub did not give it "
                          f"({type(error).__name__}: {' '.join(str(error).split())[:200]})") from error
+    if not (folder / inside).exists():
+        raise InputError(f"{flag} {name}: the hub's {owner}/{repository} has no {inside}")
+    return folder / inside
 
 
-def load(folder, max_pixels, device="cpu"):
+def cached(name, fill):
+    """The folder `name` in ~/.cache/p2r-min (or $XDG_CACHE_HOME), made once by fill(folder) -> Path.
+
+    It appears under its name only when it is complete. Raises InputError where it cannot be written.
+    """
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "p2r-min" / name
+    if folder.exists():
+        return folder
+    new = folder.with_name(f"{name}.{os.getpid()}")
+    try:
+        new.mkdir(parents=True)
+        fill(new)
+        new.rename(folder)
+    except OSError as error:
+        if not folder.exists():  # else another process was faster; what it wrote is the same
+            raise InputError(f"cannot write {folder} ({error}): free some space, or set XDG_CACHE_HOME to a folder "
+                             f"that has it") from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    return folder
+
+
+def load(folder, max_pixels, device="cpu", min_pixels=4096):
     """A local Qwen3-VL folder -> (model in eval mode, Codec). bf16 on a GPU, float32 on a CPU.
 
     Raises InputError where the folder is not a Qwen3-VL checkpoint or the budget is too small.
@@ -252,7 +311,7 @@ def load(folder, max_pixels, device="cpu"):
         # Safetensors only: pickled weights (.bin, .pt) could run code. They are never opened.
         model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa",
                                                                 use_safetensors=True)
-        codec = Codec(folder, model, max_pixels)
+        codec = Codec(folder, model, max_pixels, min_pixels)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         if isinstance(error, InputError):
             raise
@@ -279,20 +338,21 @@ def collate(prompts, device):
 # Sampling
 
 
-def sample(model, codec, prompts, *, group=1, greedy=False, max_tokens, batch, generator=None):
+def sample(model, codec, prompts, *, group=1, greedy=False, max_tokens, batch, generator=None, penalty=1.0):
     """Sample `group` completions for every prompt. Yields one Group per prompt, in order.
 
     prompts: any iterable, read `batch` prompts at a time: a generator keeps only those in memory.
     greedy=False is the pure distribution: temperature 1, no top-k, no top-p. It is also what the
-    loss scores, so the log-probs of the two agree (metric `sampler_gap`).
+    loss scores, so the log-probs of the two agree (metric `sampler_gap`). `penalty` is evaluation's
+    repetition penalty (CTRL, arXiv 1909.05858), over prompt and response; training has none.
     """
     prompts = iter(prompts)
     while chunk := list(itertools.islice(prompts, batch)):
-        yield from _sample_chunk(model, codec, chunk, group, greedy, max_tokens, generator)
+        yield from _sample_chunk(model, codec, chunk, group, greedy, max_tokens, generator, penalty)
 
 
 @torch.no_grad()
-def _sample_chunk(model, codec, prompts, group, greedy, max_tokens, generator):
+def _sample_chunk(model, codec, prompts, group, greedy, max_tokens, generator, penalty):
     """One prefill per prompt, its cache repeated G times, then all rows decoded together."""
     model.eval()  # in train mode activation checkpointing would drop the cache
     device = model.device
@@ -314,7 +374,13 @@ def _sample_chunk(model, codec, prompts, group, greedy, max_tokens, generator):
     ended = torch.zeros(count, dtype=torch.bool, device=device)
     banned, stops = codec.banned.to(device), codec.stop_ids.to(device)
     alive = torch.arange(count, device=device)  # which completion each decoded row belongs to
+    # What the penalty looks at. Padding counts as an image token, which is banned: it moves no score.
+    prompt_ids = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, codec.image_token_id)
+    history = prompt_ids.repeat_interleave(group, dim=0)                         # (QG, P)
+    penalise = RepetitionPenaltyLogitsProcessor(penalty) if penalty != 1 else None
     for step in range(max_tokens):
+        if penalise:
+            logits = penalise(torch.cat([history[alive], ids[alive, :step]], dim=1), logits.float())
         scores = logits.float().index_fill(-1, banned, float("-inf")).log_softmax(-1)  # (alive, V)
         token = scores.argmax(-1) if greedy else torch.multinomial(scores.exp(), 1, generator=generator)[:, 0]
         ids[alive, step] = token
@@ -350,10 +416,15 @@ def perceive(model, codec, examples, **how):
     return sample(model, codec, ahead(lambda e: perceiver_prompt(codec, e.load_image(), e.question), examples), **how)
 
 
-def reason(model, codec, cases, **how):
+def reason(model, codec, cases, evidence="both", **how):
     """(example, boxes) pairs -> one Group of answers (as text) each. `how` goes to `sample`."""
     return sample(model, codec, ahead(lambda case: reasoner_prompt(
-        codec, case[0].load_image(), case[1], case[0].question, case[0].answer_form), cases), **how)
+        codec, case[0].load_image(), case[1], case[0].question, case[0].answer_form, evidence), cases), **how)
+
+
+def direct(model, codec, examples, **how):
+    """Examples -> one Group of immediate answers (as text) each. `how` goes to `sample`."""
+    return sample(model, codec, ahead(lambda e: direct_prompt(codec, e.load_image(), e.question, e.answer_form), examples), **how)
 
 
 def waiting(items, text):

@@ -23,9 +23,7 @@ things that hold its evidence, one box each.
 import argparse
 import hashlib
 import json
-import os
 import random
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -142,18 +140,13 @@ def defaults():
 
     The scenes are drawn once, into ~/.cache/p2r-min (or $XDG_CACHE_HOME); a change of this file makes new ones.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "p2r-min"
-    data = cache / f"toy-{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]}"
-    if not data.exists():
-        new = data.with_name(f"{data.name}.{os.getpid()}")
-        write_data(new / "train", 1600, "train")
-        write_data(new / "held_out", 300, "held-out")
-        try:
-            new.rename(data)
-        except OSError:  # another process was faster; its scenes are the same
-            shutil.rmtree(new)
+    def fill(folder):
+        write_data(folder / "train", 1600, "train")
+        write_data(folder / "held_out", 300, "held-out")
+
+    data = rollout.cached(f"toy-{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]}", fill)
     return dict(model=str(WARM_START), data=str(data / "train"), eval_data=str(data / "held_out"), steps=40, eval_every=40,
-                questions=16, lr=3e-4, max_pixels=BUDGET, perceive_tokens=48, reason_tokens=16, rollout_batch=16)
+                questions=16, lr=3e-4, max_pixels=BUDGET, perceive_tokens=48, reason_tokens=16, rollout_batch=16, judge="none")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -186,7 +179,7 @@ def answer_text(reason, answer):
 def words():
     """Texts that are one token each. A constant prompt sentence costs one token instead of two
     hundred, a name two; everything else, digits included, is spelled byte by byte."""
-    prompts = [rollout.SYSTEM, rollout.PERCEIVER.format(question=""), rollout.REGIONS,
+    prompts = [rollout.SYSTEM, rollout.PERCEIVER.format(question=""), rollout.REGIONS["both"],
                *(rollout.REASONER.format(regions="", question="", form=form) for form in rollout.FORMS.values())]
     formats = ["system\n", "user\n", "assistant\n", '[{"bbox_2d": [', ", ", '], "label": "', '"}, {"bbox_2d": [', '"}]',
                "<think>", ".</think>\n<answer>", "</answer>"]

@@ -1,165 +1,52 @@
-"""eval.py: the loader's errors, the scoring rules, and accuracy. Verdicts are written by hand."""
+"""eval.py: asking a model, the tables, resuming, and one picture of one's own. Expected numbers are worked out by hand."""
 
 import json
 from types import SimpleNamespace
 
 import pytest
+from conftest import noise
 from PIL import Image
 
 import eval as evaluation
+import rollout
+import toy
 from crop import Box
-from eval import Example, load_data, number_in, option_letter, score
-from rollout import InputError
-
-GOOD = {"image": "a.png", "question": "What colour?", "answer": "red"}
+from eval import Example, Protocol, accuracy, load_data, main, wilson
 
 
-def write(folder, *rows):
-    Image.new("RGB", (8, 6), "red").save(folder / "a.png")
-    Image.new("RGB", (2010, 10), "red").save(folder / "sliver.png")
-    file = folder / "data.jsonl"
-    file.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return file
+def group(text):
+    return SimpleNamespace(completions=[SimpleNamespace(text=text)])
 
 
-def test_a_line_becomes_an_example(tmp_path):
-    file = write(tmp_path, GOOD, "", {**GOOD, "answer": "B", "answer_form": "mca", "options": ["red", "blue"],
-                                      "category": "colour", "id": 7, "boxes": [[0, 10, 500.5, 1000]]},
-                 {**GOOD, "answer": 3, "answer_form": "na"})
-    plain, choice, number = load_data(file)
-    assert plain == Example(tmp_path / "a.png", "What colour?", "red", id="1")
-    assert choice.question == "What colour?\nA. red\nB. blue" and choice.options == ("red", "blue")
-    assert (choice.category, choice.id, choice.boxes) == ("colour", "7", (Box(0, 10, 500.5, 1000),))
-    assert number.answer == "3" and number.load_image().size == (8, 6)
-    assert load_data(tmp_path)[0] == plain                       # a folder that holds data.jsonl
-    (tmp_path / "elsewhere").mkdir()
-    moved = write(tmp_path / "elsewhere", GOOD).rename(tmp_path / "moved.jsonl")
-    assert load_data(moved, images=tmp_path / "elsewhere")[0].image == tmp_path / "elsewhere" / "a.png"
+@pytest.fixture
+def scripted(monkeypatch):
+    """A model that follows a script. The Perceiver writes what `written` says; the Reasoner is right if it is shown a
+    box that starts left of 500, and for question 3 always; for question 1 it forgets its tags when it is wrong."""
+    seen = []
+    written = {"0": [150, 150, 250, 250], "1": [800, 0, 900, 100], "2": [600, 600, 700, 700], "3": None}
+
+    def perceive(model, codec, some, **how):
+        seen.append(("perceive", how))
+        for e in some:
+            yield group(json.dumps([{"bbox_2d": written[e.question], "label": "x"}]) if written[e.question] else "no list")
+
+    def reason(model, codec, cases, evidence, **how):
+        seen.append((evidence, how))
+        for e, boxes in cases:
+            right = e.question == "3" or (boxes and boxes[0].x1 < 500)
+            yield group("<answer>yes</answer>" if right else "yes" if e.question == "1" else "<answer>no</answer>")
+
+    monkeypatch.setattr(evaluation, "perceive", perceive)
+    monkeypatch.setattr(evaluation, "reason", reason)
+    monkeypatch.setattr(evaluation, "direct", lambda model, codec, some, **how: (group(" Yes. " if e.question == "2" else "no") for e in some))
+    return seen
 
 
-@pytest.mark.parametrize("row, needles", [
-    ("{", ["line 2", "not a JSON object"]),
-    ("[1]", ["line 2", "list"]),
-    ({k: v for k, v in GOOD.items() if k != "question"}, ["line 2", "'question'", "missing"]),
-    ({**GOOD, "question": 3}, ["line 2", "'question'"]),
-    ({**GOOD, "answer": " "}, ["line 2", "'answer'", "empty"]),
-    ({**GOOD, "answer": None}, ["line 2", "'answer'"]),
-    ({**GOOD, "answer_form": "essay"}, ["line 2", "'answer_form'", "mca, na, free_form"]),
-    ({**GOOD, "answer_form": "mca", "answer": "Apple"}, ["line 2", "'answer'", "Apple"]),
-    ({**GOOD, "answer_form": "na", "answer": "many"}, ["line 2", "'answer'", "many"]),
-    ({**GOOD, "options": "red"}, ["line 2", "'options'"]),
-    ({**GOOD, "answer_form": ["mca"]}, ["line 2", "'answer_form'"]),
-    ({**GOOD, "answer_form": "mca", "answer": "E", "options": ["red", "blue"]}, ["line 2", "'answer'", "only 2 options"]),
-    ({**GOOD, "answer": "?!"}, ["line 2", "'answer'", "no word"]),
-    ({**GOOD, "image": "sliver.png"}, ["line 2", "'image'", "2010 x 10"]),
-    ({**GOOD, "boxes": [[0, 0, 1200, 10]]}, ["line 2", "'boxes'"]),
-    ({**GOOD, "boxes": [[10, 0, 5, 10]]}, ["line 2", "'boxes'"]),
-    ({**GOOD, "image": "b.png"}, ["line 2", "'image'", "b.png"]),
-    ({**GOOD, "image": "data.jsonl"}, ["line 2", "'image'", "cannot be read"]),
-])
-def test_a_bad_line_is_named(tmp_path, row, needles):
-    file = write(tmp_path, GOOD, row)
-    with pytest.raises(InputError) as error:
-        load_data(file)
-    assert all(needle in str(error.value) for needle in [str(file), *needles])
-    assert "\n" not in str(error.value)
+def make(i, *boxes, **more):
+    return Example(None, str(i), "yes", boxes=tuple(boxes), **more)
 
 
-def test_a_line_that_is_not_utf_8_is_named(tmp_path):
-    file = write(tmp_path, GOOD)
-    file.write_bytes(file.read_bytes() + b'{"image": "\xff"}\n')
-    with pytest.raises(InputError, match="line 2"):
-        load_data(file)
-
-
-def test_no_data(tmp_path):
-    with pytest.raises(InputError, match="no data file"):
-        load_data(tmp_path / "none.jsonl")
-    with pytest.raises(InputError, match="empty"):
-        load_data(write(tmp_path))
-
-
-def test_a_truncated_image_is_an_error_by_name(tmp_path):
-    Image.effect_noise((64, 64), 50).save(tmp_path / "cut.png")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:1000])
-    example = Example(tmp_path / "cut.png", "q", "a", id="9")
-    with pytest.raises(InputError, match="cut.png of example 9"):
-        example.load_image()
-
-
-def test_exif_rotation_is_applied(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6                                              # the camera was held upright
-    Image.new("RGB", (40, 20)).save(tmp_path / "r.jpg", exif=exif)
-    assert Example(tmp_path / "r.jpg", "q", "a").load_image().size == (20, 40)
-
-
-OPTIONS = ("red", "a blue car", "green", "Apple")
-
-
-@pytest.mark.parametrize("text, letter", [
-    ("C", "C"), ("c", "C"), ("(C)", "C"), ("C.", "C"), ("C)", "C"), ("**C**", "C"), (" C \n", "C"), ("C. green", "C"),
-    ("(C) green", "C"), ("C: green", "C"), ("The answer is C", "C"), ("The answer is C.", "C"), ("Answer: C", "C"),
-    ("The correct answer is (C)", "C"), ("Option C", "C"), ("green", "C"), ("Green.", "C"), ("blue car", "B"),
-    ("Apple", "D"), ("", None), ("A or B", None), ("A or B or C", None), ("A. or B.", None), ("A blue bus", None),
-    ("Based on the sign, C", None), ("G", None), ("a dog", None), ("Because it is", None), ("AB", None), ("?", None),
-    ("yesterday", None), ("A and C", None), ("A. red B. a blue car", None),
-])
-def test_option_letters(text, letter):
-    assert option_letter(text, OPTIONS) == letter
-
-
-@pytest.mark.parametrize("text, letter", [
-    ("C. Vitamin C", "C"), ("(A) Gate E", "A"), ("B. red and blue", "B"), ("red and blue", "B"), ("D. 5 or 6", "D"), ("Gate E", "A"),
-    ("C. Vitamin C or E", None), ("A. red and blue", None),
-])
-def test_options_whose_own_text_looks_like_two_answers(text, letter):
-    assert option_letter(text, ("Gate E", "red and blue", "Vitamin C", "5 or 6")) == letter
-
-
-def test_apple_is_no_letter_without_that_option():
-    assert option_letter("Apple", ("red", "blue")) is None
-
-
-@pytest.mark.parametrize("text, value", [
-    ("3", 3), ("3.0", 3), ("1,200", 1200), ("-2.5 m", -2.5), ("about 40 people", 40), (".5", 0.5),
-    ("\u22125", -5), ("1,234,567.5", 1234567.5), ("3,4", None), ("1,2,3", None),
-    ("", None), ("three", None), ("3 or 4", None), ("between 2 and 5", None),
-])
-def test_numbers(text, value):
-    assert number_in(text) == value
-
-
-def example(answer, form="free_form", options=()):
-    return Example(None, "q", answer, form, options)
-
-
-@pytest.mark.parametrize("text, truth, reward, answered", [
-    ("<think>It is red.</think>\n<answer>red</answer>", example("Red"), 1, True),
-    ("<answer> The red. </answer>", example("red"), 1, True),
-    ("<answer>reddish</answer>", example("red"), 0, True),
-    ("<answer>not red</answer>", example("red"), 0, True),
-    ("<answer>yesterday</answer>", example("yes"), 0, True),
-    ("<answer>A</answer>", example("A"), 1, True),                        # an article only before another word
-    ("<answer>Gate</answer>", example("Gate A"), 0, True),
-    ("<answer>the plan</answer>", example("Plan A"), 0, True),
-    ("<answer></answer>", example("red"), 0, True),                       # an empty answer is an answer, and wrong
-    ("<answer>.</answer>", example("..."), 0, True),
-    ("red", example("red"), 0, False),                                    # no tags
-    ("<answer>red", example("red"), 0, False),                            # cut off
-    ("red</answer>", example("red"), 0, False),
-    ("<answer>blue</answer> no, <answer>red</answer>", example("red"), 1, True),   # the last one counts
-    ("<answer>A or B or C</answer>", example("A", "mca"), 0, True),
-    ("<answer>B</answer>", example("(B)", "mca"), 1, True),
-    ("<answer>b</answer>", example("B. blue", "mca", ("red", "blue")), 1, True),
-    ("<answer>blue</answer>", example("B", "mca", ("red", "blue")), 1, True),
-    ("<answer>A</answer>", example("B", "mca", ("red", "blue")), 0, True),
-    ("<answer>1200.0</answer>", example("1,200", "na"), 1, True),
-    ("<answer>1201</answer>", example("1,200", "na"), 0, True),
-    ("<answer>12 or 13</answer>", example("12", "na"), 0, True),
-])
-def test_score(text, truth, reward, answered):
-    assert score(text, truth) == (reward, answered)
+EXAMPLES = [make(0, Box(100, 100, 300, 300)), make(1, Box(400, 0, 500, 100)), make(2, Box(600, 600, 700, 700)), make(3)]
 
 
 def test_hit_is_about_the_first_box_and_the_centre():
@@ -169,34 +56,220 @@ def test_hit_is_about_the_first_box_and_the_centre():
     assert not evaluation.hits([], asked)
 
 
-def test_accuracy_by_hand(monkeypatch):
-    """Four examples, one without true boxes, and a scripted model: four different fractions.
-
-    The scripted Reasoner is right if it is shown a box that starts left of 500, and for the last
-    example always. So p2r: examples 0 and 3 of four; plain: 3 of four; oracle: 0 and 1 of the three with true boxes.
-    The first box hits in 0 and 2 of three. Example 1's p2r answer has no tags.
-    """
-    def make(i, *boxes):
-        return Example(None, str(i), "yes", boxes=tuple(boxes))
-
-    examples = [make(0, Box(100, 100, 300, 300)), make(1, Box(400, 0, 500, 100)), make(2, Box(600, 600, 700, 700)), make(3)]
-    written = {"0": [150, 150, 250, 250], "1": [800, 0, 900, 100], "2": [600, 600, 700, 700], "3": None}
-
-    def group(text):
-        return SimpleNamespace(completions=[SimpleNamespace(text=text)])
-
-    def perceive(model, codec, some, **how):
-        assert how == {"greedy": True, "max_tokens": 7, "batch": 5}
-        for e in some:
-            yield group(json.dumps([{"bbox_2d": written[e.question], "label": "x"}]) if written[e.question] else "no list")
-
-    def reason(model, codec, cases, **how):
-        assert how == {"greedy": True, "max_tokens": 9, "batch": 5}
-        for e, boxes in cases:
-            right = e.question == "3" or (boxes and boxes[0].x1 < 500)
-            yield group("<answer>yes</answer>" if right else "yes" if e.question == "1" else "<answer>no</answer>")
-
-    monkeypatch.setattr(evaluation, "perceive", perceive)
-    monkeypatch.setattr(evaluation, "reason", reason)
-    assert evaluation.evaluate(None, None, examples, perceive_tokens=7, reason_tokens=9, batch=5) == {
+def test_accuracy_by_hand(scripted):
+    """Four examples, one without true boxes: four different fractions. p2r: examples 0 and 3 of four are right; plain:
+    3 of four; oracle: 0 and 1 of the three with true boxes. The first box hits in 0 and 2 of three. Example 1's p2r answer has no tags."""
+    how = Protocol(perceive_tokens=7, reason_tokens=9, batch=5, penalty=1.0)
+    assert evaluation.evaluate(None, None, EXAMPLES, how) == {
         "p2r": 2 / 4, "hit": 2 / 3, "plain": 1 / 4, "oracle": 2 / 3, "n": 4, "unparsable": 1 / 4, "unanswered": 1 / 4}
+    same = {"greedy": True, "batch": 5, "penalty": 1.0}
+    assert scripted == [("perceive", {**same, "max_tokens": 7}), *[("both", {**same, "max_tokens": 9})] * 3]
+
+
+def test_the_modes(scripted):
+    def rewards(**how):
+        return [r["reward"] for r in evaluation.ask(None, None, EXAMPLES, Protocol(**how))]
+    assert rewards(mode="p2r") == [1, 0, 0, 1]
+    assert rewards(mode="think") == [0, 0, 0, 1]
+    assert rewards(mode="direct") == [0, 0, 1, 0]                                  # the whole text is the answer
+    assert rewards(mode="oracle") == [1, 1, 0, 1]
+    scripted.clear()
+    rewards(mode="p2r", evidence="crops")
+    assert [name for name, _ in scripted] == ["perceive", "crops"]
+    records = list(evaluation.ask(None, None, EXAMPLES[:1] * 9, Protocol(batch=2)))
+    assert len(records) == 9 and records[8]["perceived"] == records[0]["perceived"] and records[0]["boxes"] == [[150, 150, 250, 250, "x"]]
+
+
+def test_at_most_so_many_boxes(scripted, monkeypatch):
+    three = json.dumps([{"bbox_2d": [x, 0, x + 50, 50], "label": "x"} for x in (600, 100, 300)])
+    monkeypatch.setattr(evaluation, "perceive", lambda model, codec, some, **how: (group(three) for _ in some))
+    assert [[b[0] for b in r["boxes"]] for r in evaluation.ask(None, None, EXAMPLES[:1], Protocol(max_boxes=2))] == [[600, 100]]
+    assert len(next(evaluation.ask(None, None, EXAMPLES[:1], Protocol()))["boxes"]) == 3
+
+
+# ---------------------------------------------------------------------------------------------
+# Tables
+
+
+def record(category, reward, rotation="", **more):
+    return dict(dict(category=category, rotation=rotation, reward=reward, boxes=[], parsable=True, answered=True, judged=False), **more)
+
+
+def test_hr_bench_averages_the_rotations():
+    """Four questions; their rotations are right 4, 2, 0 and 1 times, and of the last rotation only two were asked:
+    (4/4 + 2/4 + 0/4 + 1/2) / 4 = 0.5, where the plain mean would be 7/14. Four questions stand behind it, not 14."""
+    right = {"cycle_0": [1, 1, 1, 1], "cycle_1": [1, 1, 0, 0], "cycle_2": [0, 0, 0, 0], "cycle_3": [1, 0]}
+    records = [record("single", r, c) for c, rewards in right.items() for r in rewards]
+    assert accuracy(records) == (0.5, 4)
+    right["cycle_3"] = [1, 1]
+    assert accuracy([record("single", r, c) for c, rewards in right.items() for r in rewards])[0] == 0.625   # not 8/14
+    assert accuracy([record("", 1), record("", 0), record("", 0)]) == (1 / 3, 3)
+
+
+def test_wilson_interval():
+    """Against the values of the R documentation's prop.test(..., correct = FALSE) family, worked out by hand for 8 of 10,
+    and the two ends, where a normal interval would leave 0..1."""
+    assert wilson(0.8, 10) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))
+    assert wilson(0.0, 10) == (pytest.approx(0, abs=1e-12), pytest.approx(0.2775, abs=1e-4))
+    assert wilson(1.0, 10)[1] == pytest.approx(1)
+
+
+def table(capsys, records, spec):
+    evaluation.print_benchmark(records, "m in mode p2r", spec)
+    return {line[:24].strip(): line[24:].split() for line in capsys.readouterr().out.splitlines()[2:-1]}
+
+
+def test_vstar_table_beside_the_published_rows(capsys):
+    """Micro average: 2 of 3 attribute and 0 of 1 spatial is 50.0 overall, not 33.3."""
+    rows = table(capsys, [record("direct_attributes", 1), record("direct_attributes", 1), record("relative_position", 0),
+                          record("direct_attributes", 0)], "vstar-bench")
+    assert rows[""] == ["attribute", "spatial", "overall"] and rows["this run"] == ["66.7", "0.0", "50.0"]
+    assert rows["P2R-2B, published"] == ["84.3", "84.2", "84.3"] and rows["Qwen3-VL-8B, published"] == ["84.3", "82.9", "83.8"]
+
+
+@pytest.mark.parametrize("spec, row", [("DreamMr/HR-Bench/hr_bench_8k.parquet", ["86.8", "62.7", "74.8"]), ("HRBench4K.tsv", ["89.8", "60.1", "75.1"]),
+                                       ("my_copy.tsv", None)])
+def test_hr_bench_by_resolution(capsys, spec, row):
+    rows = table(capsys, [record("single", 1, "cycle_0"), record("cross", 0, "cycle_0")], spec)
+    assert rows["this run"] == ["100.0", "0.0", "50.0"] and rows.get("P2R-2B, published") == row
+
+
+def test_mme_columns(capsys):
+    records = [record(f"{task}/{name}", i % 2) for i, (task, name) in enumerate(
+        [("Perception", "Remote Sensing"), ("Perception", "OCR with Complex Context"), ("Reasoning", "Autonomous_Driving")])]
+    rows = table(capsys, records, "mme")
+    assert rows[""] == ["p-OCR", "p-RS", "r-AD", "overall"] and rows["this run"] == ["100.0", "0.0", "0.0", "33.3"]
+    assert rows["P2R-2B, published"] == ["88.4", "43.3", "35.5", "51.3"] and rows["Qwen3-VL-4B, published"] == ["-", "-", "-", "47.7"]
+
+
+def test_the_line_below_the_table(capsys):
+    """Two boxes of 1 % and 3 % on two questions, one unparsable, one without an answer."""
+    evaluation.print_benchmark([record("x", 1, boxes=[[0, 0, 100, 100, "a"], [0, 0, 100, 300, "b"]]),
+                                record("x", 0, parsable=False, answered=False)], "m", "own.jsonl", 2.5)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == ("1.00 boxes a question of 2.0% of the image; without an answer 50.0%, judged 0.0%, unparsable boxes 50.0%; "
+                    "2.50 questions/s")
+
+
+# ---------------------------------------------------------------------------------------------
+# The program
+
+
+@pytest.fixture
+def data(tmp_path):
+    for i in range(6):
+        noise(200, 120, i).save(tmp_path / f"{i}.png")
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(
+        {"image": f"{i}.png", "question": f"Which way, {i}?", "answer": "down", "category": "ab"[i % 2]}) + "\n" for i in range(6)))
+    return tmp_path / "own.jsonl"
+
+
+def flags(folder, data, out, *more):
+    return ["--model", str(folder), "--data", str(data), "--out", str(out), "--max-pixels", "4096", "--min-pixels", "4096",
+            "--perceive-tokens", "6", "--reason-tokens", "5", "--batch", "1", "--pictures", "2", *more]
+
+
+def test_a_killed_run_goes_on_where_it_stopped(folder, data, tmp_path, monkeypatch, capsys):
+    """Batches of 1, written after every four questions. Killed in the fifth, with half a line on disk, the second run
+    asks only what is missing, and the file ends up as an undisturbed run leaves it."""
+    assert main(flags(folder, data, tmp_path / "whole")) == 0
+    whole = (tmp_path / "whole" / "results.jsonl").read_text()
+    assert len(whole.splitlines()) == 6 and sorted(f.name for f in (tmp_path / "whole").glob("*.png")) == ["00001.png", "00002.png"]
+    printed = capsys.readouterr().out
+
+    real, asked = evaluation.perceive, []
+
+    def killed(model, codec, some, **how):
+        asked.append([e.question for e in some])
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return real(model, codec, some, **how)
+
+    monkeypatch.setattr(evaluation, "perceive", killed)
+    with pytest.raises(KeyboardInterrupt):
+        main(flags(folder, data, tmp_path / "cut"))
+    results = tmp_path / "cut" / "results.jsonl"
+    assert len(results.read_text().splitlines()) == 4
+    results.write_text(results.read_text()[:-20])                                  # ... and the disk lost the end of the fourth
+    asked += [None]                                                                # no more killing
+    assert main(flags(folder, data, tmp_path / "cut")) == 0
+    assert [len(a) for a in asked if a] == [4, 2, 3] and results.read_text() == whole
+    strip = [line for line in printed.splitlines() if "questions/s" not in line and "results and" not in line]
+    again = capsys.readouterr().out.splitlines()
+    assert all(line in again for line in strip)
+
+    assert main(flags(folder, data, tmp_path / "cut", "--penalty", "1.2")) == 2    # not the same protocol
+    assert "penalty is 1.05 there and 1.2 here" in capsys.readouterr().err
+
+
+def test_the_score_is_recomputed_without_a_model(folder, data, tmp_path, capsys):
+    assert main(flags(folder, data, tmp_path / "run")) == 0
+    file = tmp_path / "run" / "results.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    records[0] |= {"reasoned": "<answer>Down!</answer>", "reward": 0.0}
+    records[1] |= {"reasoned": "<answer>downwards</answer>", "reward": 1.0, "judged": True}    # a judge said yes: kept
+    records[2] |= {"reasoned": "<answer>up</answer>", "reward": 1.0}
+    file.write_text("".join(json.dumps(r) + "\n" for r in records))
+    capsys.readouterr()
+    assert main(["--score", str(file)]) == 0
+    assert "this run                      33.3      33.3      33.3" in capsys.readouterr().out
+    assert main(["--score", str(tmp_path / "none.jsonl")]) == 2
+
+
+def test_limit_is_spread_over_the_data(folder, data, tmp_path):
+    assert main(flags(folder, data, tmp_path / "run", "--limit", "3", "--mode", "direct")) == 0
+    records = [json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines()]
+    assert [r["question"] for r in records] == ["Which way, 0?", "Which way, 2?", "Which way, 4?"]
+    assert all(r["reasoned"].startswith("<answer>") and r["perceived"] is None for r in records)
+
+
+def test_without_a_model_it_is_the_toy_and_says_so(data, tmp_path, capsys, monkeypatch):
+    scene = toy.make_scene(__import__("random").Random(5), 3)
+    toy.draw_scene(scene).save(tmp_path / "photo.png")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(toy, "write_data", lambda folder, count, seed: folder.mkdir())
+    question = toy.questions(scene)[0]
+    for file in ("photo-1.png", "photo-2.png"):                                    # never written over
+        assert main(["--image", str(tmp_path / "photo.png"), "--question", question.text, "--out", str(tmp_path / "pictures")]) == 0
+        said = capsys.readouterr().out
+        assert "embedded toy" in said and "pixels (" in said and file in said
+        assert any(f"answer   {way}" in said for way in toy.WAYS)
+        assert Image.open(tmp_path / "pictures" / file).width == 1200
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--image", "none.png", "--question", "What?"], "none.png"),
+    (["--image", "none.png"], "--question"),
+    (["--model", "none"], "--data"),
+    (["--model", "none", "--image", "a.png", "--question", "What?"], "--model none"),
+    (["--data", "none.jsonl"], "--data none.jsonl"),
+])
+def test_bad_input_is_one_sentence(more, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(toy, "write_data", lambda folder, count, seed: folder.mkdir())
+    monkeypatch.chdir(tmp_path)
+    noise(20, 20).save("a.png")
+    assert main(more) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_both_programs_know_their_flags_and_stop_on_others():
+    with pytest.raises(SystemExit):
+        main(["--evidence", "all"])
+    with pytest.raises(SystemExit):
+        main(["--mode", "guess"])
+
+
+def test_load_data_and_p2r_min_print_what_was_skipped(data, capsys):
+    data.write_text(data.read_text() + "{}\n")
+    assert len(load_data(data, skip_bad=True)) == 6
+    assert "skipped 1 bad rows; the first is" in capsys.readouterr().out
+
+
+def test_the_judge_of_a_vision_model_and_of_its_folder_are_one(folder, tiny):
+    model, codec = tiny
+    cases = [("blue", Example(None, "Which colour?", "navy"))]
+    assert evaluation.Judge.load(str(folder), "cpu")(cases) == evaluation.Judge(model, codec.tokenizer)(cases)
+    with pytest.raises(rollout.InputError, match="--judge none-such"):
+        evaluation.Judge.load("none-such", "cpu")

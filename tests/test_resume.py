@@ -412,6 +412,15 @@ def test_overlong_questions_are_listed_and_refused_before_training(folder, data,
     assert message.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
+def test_overlong_questions_are_skipped_and_counted(tiny, capsys):
+    _, codec = tiny
+    examples = [Example(None, text, "down", id=name, size=(99, 99)) for name, text in (("a", "Which way?"), ("b", "Which way? " * 200))]
+    assert rollout.fitting(codec, examples, 512, 10, skip=True) == examples[:1]
+    assert capsys.readouterr().out.startswith("skipped: 1 of 2 questions") and rollout.fitting(codec, examples[:1], 512, 10) == examples[:1]
+    with pytest.raises(InputError, match=r"1 of 1 .* b \(\d+ tokens, \d+ allowed\)"):
+        rollout.fitting(codec, examples[1:], 512, 10, skip=True)
+
+
 # --- numbers that go wrong
 
 
@@ -604,7 +613,7 @@ def test_paths_that_leave_the_data_folder_are_refused(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "link.png").symlink_to(tmp_path / "secret.png")
     for name in ("../secret.png", tmp_path / "secret.png", "link.png", "a/../../secret.png"):
-        with pytest.raises(InputError, match="line 1.*'image'.*leaves the folder.*--images"):
+        with pytest.raises(InputError, match="line 1.*'image'.*outside.*--images"):
             load_data(line(tmp_path, name))
     assert load_data(line(tmp_path, "../secret.png".removeprefix("../")), images=tmp_path)     # --images says where they may be
     noise(50, 50).save(tmp_path / "data" / "own.png")

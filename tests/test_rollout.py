@@ -8,6 +8,7 @@ from conftest import BOXES, noise, prompts_of
 from transformers import Qwen3VLProcessor
 
 import rollout
+from crop import Box
 from rollout import InputError, load, sample
 
 
@@ -42,7 +43,7 @@ def test_a_prompt_equals_what_the_librarys_processor_makes(tiny, count):
     image, boxes = noise(640, 300), BOXES[count]
     prompt = rollout.reasoner_prompt(codec, image, boxes, "Which way?", "na")
     annotated, crops = rollout.gather(image, boxes)
-    text = rollout.REASONER.format(regions=rollout.REGIONS if boxes else "", question="Which way?", form=rollout.FORMS["na"])
+    text = rollout.REASONER.format(regions=rollout.REGIONS["both"] if boxes else "", question="Which way?", form=rollout.FORMS["na"])
     codec.image_processor.size = codec.size
     processor = ImageOnlyProcessor(codec.image_processor, codec.tokenizer, None, chat_template=codec.tokenizer.chat_template)
     expected = processor.apply_chat_template(
@@ -56,6 +57,22 @@ def test_a_prompt_equals_what_the_librarys_processor_makes(tiny, count):
     assert torch.equal(prompt.grids, expected["image_grid_thw"])
     positions, _ = model.model.get_rope_index(expected["input_ids"], expected["mm_token_type_ids"], expected["image_grid_thw"])
     assert torch.equal(prompt.positions, positions[:, 0])
+
+
+@pytest.mark.parametrize("evidence, sizes", [("both", [(300, 200), (120, 100)]), ("annotated", [(300, 200)]), ("crops", [(120, 100)]),
+                                             ("none", [(300, 200)])])
+def test_the_evidence_that_the_reasoner_is_given(tiny, monkeypatch, evidence, sizes):
+    """A box of 60 x 60 px in an image of 300 x 200, padded by 30 and 20: the images that reach the encoder, and the words."""
+    codec, seen = tiny[1], []
+    monkeypatch.setattr(codec, "encode", lambda text, images: seen.append((text, images)))
+    image = noise(300, 200)
+    rollout.reasoner_prompt(codec, image, [Box(100, 200, 300, 500, "a")], "Which way?", "na", evidence)
+    rollout.reasoner_prompt(codec, image, [], "Which way?", "na", evidence)
+    (text, images), (plain, alone) = seen
+    assert [i.size for i in images] == sizes
+    assert alone == [image] and "regions" not in plain                    # without boxes all are the plain image
+    assert ("Coloured boxes" in text) == (evidence in ("both", "annotated")) and ("regions" in text) == (evidence != "none")
+    assert (images[0].getpixel((30, 40)) == (255, 0, 0)) == (evidence in ("both", "annotated"))
 
 
 @pytest.mark.parametrize("size", [(3000, 2000), (200, 1800), (40, 30), (512, 512)])
@@ -103,15 +120,21 @@ def test_a_broken_model_folder_is_one_sentence(folder, tmp_path, name, content):
 # --- sampling
 
 
-def test_greedy_equals_the_librarys_generate(tiny):
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_greedy_equals_the_librarys_generate(tiny, penalty):
+    """One prompt at a time there, all in one padded batch here; with a repetition penalty, too."""
     model, codec = tiny
-    for prompt in prompts_of(codec):
-        mine = greedy(model, codec, [prompt])[0].completions[0]
+    prompts, ours = prompts_of(codec), []
+    for mine, prompt in zip(greedy(model, codec, prompts, penalty=penalty), prompts):
         theirs = model.generate(
             input_ids=prompt.ids[None], attention_mask=torch.ones_like(prompt.ids[None]), pixel_values=prompt.pixels,
-            image_grid_thw=prompt.grids, mm_token_type_ids=(prompt.ids == codec.image_token_id).int()[None],
-            do_sample=False, max_new_tokens=12, suppress_tokens=codec.banned.tolist())
-        assert mine.ids.tolist() == theirs[0, len(prompt.ids):].tolist()
+            image_grid_thw=prompt.grids, mm_token_type_ids=(prompt.ids == codec.image_token_id).int()[None], do_sample=False,
+            max_new_tokens=12, suppress_tokens=codec.banned.tolist(), repetition_penalty=penalty)
+        assert mine.completions[0].ids.tolist() == theirs[0, len(prompt.ids):].tolist()
+        ours += mine.completions
+    if penalty != 1:
+        plain = [g.completions[0] for g in greedy(model, codec, prompts)]
+        assert any(a.ids.tolist() != b.ids.tolist() for a, b in zip(ours, plain))
 
 
 def test_a_batch_gives_what_each_prompt_gives_alone(tiny):

@@ -29,7 +29,7 @@ def data(tmp_path):
 
 def small(folder, data, run, **more):
     return Settings(**dict(dict(model=str(folder), data=str(data), out=str(run), steps=2, questions=2, group=3, lr=1e-3,
-                                max_pixels=64 * 64, perceive_tokens=6, reason_tokens=5, rollout_batch=2, sample_every=1), **more))
+                                max_pixels=64 * 64, perceive_tokens=6, reason_tokens=5, rollout_batch=2, sample_every=1, judge="none"), **more))
 
 
 class Cycle:
@@ -168,7 +168,7 @@ def test_data_is_shuffled_passes_that_depend_on_seed_and_step_only():
 
 
 @pytest.mark.parametrize("flags, needle", [
-    (["--model", "no/such/folder"], "no such folder"),
+    (["--model", "no/such/folder"], "no such file or folder"),
     (["--model", "someone/not-downloaded"], "the hub did not give it"),
     (["--data", "nothing.jsonl"], "nothing.jsonl"),
     (["--data", "EMPTY"], "is empty"),

@@ -1,0 +1,336 @@
+"""eval.py's loader: every format in its exact layout, made here; and pictures of every kind."""
+
+import base64
+import csv
+import io
+import json
+import sys
+
+import pytest
+from conftest import noise
+from PIL import Image
+
+import rollout
+from crop import Box, to_rgb
+from eval import Example, clean_question, load_data, split_options
+from rollout import InputError
+
+GOOD = {"image": "a.png", "question": "What colour?", "answer": "red"}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def png(seed=0, size=(40, 30)):
+    data = io.BytesIO()
+    noise(*size, seed).save(data, "png")
+    return data.getvalue()
+
+
+def write(folder, *rows):
+    Image.new("RGB", (8, 6), "red").save(folder / "a.png")
+    Image.new("RGB", (2010, 10), "red").save(folder / "sliver.png")
+    file = folder / "data.jsonl"
+    file.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return file
+
+
+def test_a_line_becomes_an_example(tmp_path, capsys):
+    file = write(tmp_path, GOOD, "", {**GOOD, "answer": "B", "answer_form": "mca", "options": ["red", "blue"],
+                                      "category": "colour", "id": 7, "boxes": [[0, 10, 500.5, 1000]]},
+                 {**GOOD, "answer": 3, "answer_form": "na"})
+    plain, choice, number = load_data(file)
+    assert plain == Example(tmp_path / "a.png", "What colour?", "red", id="1")
+    assert choice.question == "What colour?\nA. red\nB. blue" and choice.options == ("red", "blue")
+    assert (choice.category, choice.id, choice.boxes) == ("colour", "7", (Box(0, 10, 500.5, 1000),))
+    assert number.answer == "3" and number.load_image().size == (8, 6)
+    assert "read 3 examples" in (said := capsys.readouterr().out) and "1 free_form, 1 mca, 1 na" in said
+    assert load_data(tmp_path)[0] == plain                       # a folder that holds data.jsonl
+    (tmp_path / "elsewhere").mkdir()
+    moved = write(tmp_path / "elsewhere", GOOD).rename(tmp_path / "moved.jsonl")
+    assert load_data(moved, images=tmp_path / "elsewhere")[0].image == tmp_path / "elsewhere" / "a.png"
+
+
+@pytest.mark.parametrize("row, needles", [
+    ("{", ["line 2", "not a JSON object"]),
+    ("[1]", ["line 2", "list"]),
+    ({k: v for k, v in GOOD.items() if k != "question"}, ["line 2", "'question'", "missing", "problem"]),
+    ({**GOOD, "question": 3}, ["line 2", "'question'"]),
+    ({**GOOD, "question": "<image>"}, ["line 2", "'question'"]),
+    ({**GOOD, "answer": " "}, ["line 2", "'answer'", "empty"]),
+    ({**GOOD, "answer": None}, ["line 2", "'answer'"]),
+    ({**GOOD, "answer": ["red"]}, ["line 2", "'answer'", "text"]),
+    ({**GOOD, "answer_form": "essay"}, ["line 2", "'answer_form'", "mca, na, free_form"]),
+    ({**GOOD, "answer_form": "mca", "answer": "Apple"}, ["line 2", "'answer'", "Apple"]),
+    ({**GOOD, "answer_form": "na", "answer": "many"}, ["line 2", "'answer'", "many"]),
+    ({**GOOD, "options": "red"}, ["line 2", "'options'"]),
+    ({**GOOD, "A": "red", "C": "blue"}, ["line 2", "options A, C"]),
+    ({**GOOD, "answer_form": ["mca"]}, ["line 2", "'answer_form'"]),
+    ({**GOOD, "answer_form": "mca", "answer": "E", "options": ["red", "blue"]}, ["line 2", "'answer'", "only 2 options"]),
+    ({**GOOD, "answer": "?!"}, ["line 2", "'answer'", "no word"]),
+    ({**GOOD, "image": "sliver.png"}, ["line 2", "'image'", "2010 x 10"]),
+    ({**GOOD, "image": ["a.png", "a.png"]}, ["line 2", "'image'", "2 images"]),
+    ({**GOOD, "image": "../a.png"}, ["line 2", "'image'", "outside", "--images"]),
+    ({**GOOD, "image": "/etc/hostname"}, ["line 2", "'image'", "outside"]),
+    ({**GOOD, "image": "x/../../a.png"}, ["line 2", "'image'", "outside"]),
+    ({**GOOD, "boxes": [[0, 0, 1200, 10]]}, ["line 2", "'boxes'"]),
+    ({**GOOD, "boxes": [[10, 0, 5, 10]]}, ["line 2", "'boxes'"]),
+    ({**GOOD, "image": "b.png"}, ["line 2", "'image'", "b.png", "does not exist"]),
+    ({**GOOD, "image": "data.jsonl"}, ["line 2", "'image'", "cannot be read"]),
+])
+def test_a_bad_line_is_named_or_skipped_and_counted(tmp_path, row, needles, capsys):
+    file = write(tmp_path, GOOD, row, GOOD)
+    with pytest.raises(InputError) as error:
+        load_data(file)
+    assert all(needle in str(error.value) for needle in [str(file), *needles])
+    assert "\n" not in str(error.value)
+    assert [e.id for e in load_data(file, skip_bad=True)] == ["1", "3"]
+    assert "skipped 1 bad rows" in capsys.readouterr().out
+
+
+def test_a_line_that_is_not_utf_8_is_named(tmp_path):
+    file = write(tmp_path, GOOD)
+    file.write_bytes(file.read_bytes() + b'{"image": "\xff"}\n')
+    with pytest.raises(InputError, match="line 2"):
+        load_data(file)
+
+
+def test_no_data(tmp_path):
+    with pytest.raises(InputError, match="--data .*no such file"):
+        load_data(tmp_path / "none.jsonl")
+    with pytest.raises(InputError, match="no example"):
+        load_data(write(tmp_path))
+    with pytest.raises(InputError, match="no example.*line 1"):
+        load_data(write(tmp_path, "{"), skip_bad=True)
+    (tmp_path / "void").mkdir()
+    with pytest.raises(InputError, match="no .jsonl"):
+        load_data(tmp_path / "void")
+
+
+def test_which_file_of_a_folder(tmp_path):
+    for name in ("hr_bench_4k.json", "hr_bench_8k.json"):
+        (tmp_path / name).write_text("[]")
+    with pytest.raises(InputError, match="name one of them, as .*hr_bench_4k.json or .*hr_bench_8k.json"):
+        load_data(tmp_path)
+    shards = tmp_path / "data"
+    shards.mkdir()
+    for i in range(2):
+        write(shards, {**GOOD, "id": i}).rename(shards / f"train-0000{i}-of-00002.jsonl")
+    assert [e.id for e in load_data(shards)] == ["0", "1"]
+
+
+def test_a_hub_id(tmp_path, monkeypatch):
+    write(tmp_path, GOOD)
+    asked = []
+
+    def download(name, **how):
+        asked.append((name, how["repo_type"], how["allow_patterns"]))
+        return str(tmp_path)
+
+    monkeypatch.setattr(rollout, "snapshot_download", download)
+    assert len(load_data("someone/some-data")) == len(load_data("someone/some-data/data.jsonl")) == 1
+    assert asked == [("someone/some-data", "dataset", None), ("someone/some-data", "dataset", ["data.jsonl", "data.jsonl/*"])]
+    with pytest.raises(InputError, match="has no other.json"):
+        load_data("someone/some-data/other.json")
+
+
+def test_images_still_in_an_archive_are_named(tmp_path):
+    file = write(tmp_path, {**GOOD, "image": "images/1.png"})
+    (tmp_path / "images.zip").write_bytes(b"PK")
+    with pytest.raises(InputError, match="images.zip.*unpack.*--images"):
+        load_data(file)
+
+
+def test_mini_o3_train_json(tmp_path):
+    noise(40, 30).save(tmp_path / "1.jpg")
+    (tmp_path / "train.json").write_text(json.dumps([
+        {"images": ["1.jpg"], "problem": "<image>\nWhat is written on the sign?", "solution": "EXIT", "doc_id": "d-1", "data_source": "vp"},
+        {"images": ["1.jpg"], "problem": "<image>\nWhich?\nA. cat\nB. dog\nAnswer with the option's letter.", "solution": "B", "doc_id": 2,
+         "data_source": "vp"}]))
+    sign, pet = load_data(tmp_path)
+    assert sign == Example(tmp_path / "1.jpg", "What is written on the sign?", "EXIT", category="vp", id="d-1")
+    assert pet == Example(tmp_path / "1.jpg", "Which?\nA. cat\nB. dog", "B", "mca", ("cat", "dog"), "vp", id="2")
+
+
+def write_tsv(path, rows):
+    with path.open("w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]), delimiter="\t")
+        table.writeheader()
+        table.writerows(rows)
+    return path
+
+
+def test_vlmevalkit_tsv(tmp_path, cache):
+    """HR-Bench: base64 images, the second row of an image refers to the first by its index."""
+    rows = [{"index": i, "question": "What?\nLook closely.", "image": base64.b64encode(png(i)).decode() if i != 1 else "0", "A": "red",
+             "B": "blue", "C": "", "D": "", "answer": "B", "category": "single", "cycle_category": f"cycle_{i}"} for i in range(3)]
+    examples = load_data(write_tsv(tmp_path / "HRBench4K.tsv", rows))
+    assert [(e.id, e.rotation, e.category, e.answer_form) for e in examples] == [(str(i), f"cycle_{i}", "single", "mca") for i in range(3)]
+    assert examples[0].question == "What?\nLook closely.\nA. red\nB. blue" and examples[0].options == ("red", "blue")
+    assert examples[0].image == examples[1].image != examples[2].image            # equal images are stored once
+    assert examples[2].load_image().tobytes() == noise(40, 30, 2).tobytes()
+    made = {f: f.stat().st_mtime_ns for f in cache.rglob("*")}
+    assert load_data(tmp_path / "HRBench4K.tsv") == examples
+    assert {f: f.stat().st_mtime_ns for f in cache.rglob("*")} == made            # unpacked once
+    rows[2]["image"] = "7"
+    write_tsv(tmp_path / "HRBench4K.tsv", rows)
+    with pytest.raises(InputError, match="HRBench4K.tsv, row 3: the field 'image'"):
+        load_data(tmp_path / "HRBench4K.tsv")
+
+
+def test_csv(tmp_path):
+    """ZwZ-RL-VQA-mini."""
+    noise(40, 30).save(tmp_path / "1.jpg")
+    (tmp_path / "zwz.csv").write_text('original_images,crop_images,problem,answer\n1.jpg,c.jpg,"What, here?",sign\n')
+    assert load_data(tmp_path / "zwz.csv") == [Example(tmp_path / "1.jpg", "What, here?", "sign", id="1")]
+
+
+PARQUET = {
+    "p2r_10k": ({"prompt": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "<image>How many?"}], "images": [{"bytes": png()}],
+                 "reward_model": {"ground_truth": "3", "style": "rule"}, "extra_info": {"answer_form": "na", "index": 5}, "data_source": "zwz"},
+                dict(question="How many?", answer="3", answer_form="na", category="zwz", id="5")),
+    "p2r_10k_paths": ({"prompt": [{"role": "user", "content": "<image>How?"}], "images": ["x/1.png"], "reward_model": {"ground_truth": "so"},
+                       "extra_info": {"index": 5}, "data_source": "zwz"},
+                      dict(question="How?", answer="so", category="zwz", id="5")),
+    "vstar": ({"image": {"bytes": png(), "path": None}, "text": "What is it?\n(A) rubber\n(B) cotton\nAnswer with the option's letter from the "
+               "given choices directly.", "category": "direct_attributes", "label": "A", "question_id": "0"},
+              dict(question="What is it?\nA. rubber\nB. cotton", answer="A", answer_form="mca", options=("rubber", "cotton"),
+                   category="direct_attributes", id="0")),
+    "hr_bench": ({"index": 3, "question": "Which?", "answer": "D", "category": "cross", "A": "1", "B": "2", "C": "3", "D": "4",
+                  "cycle_category": "cycle_2", "image": base64.b64encode(png()).decode()},
+                 dict(question="Which?\nA. 1\nB. 2\nC. 3\nD. 4", answer="D", answer_form="mca", options=("1", "2", "3", "4"), category="cross",
+                      rotation="cycle_2", id="3")),
+    "mme": ({"index": 9, "bytes": base64.b64encode(png()).decode(), "question": "Which?", "multi-choice options": ["(A) car", "(B) bus", "(E) no"],
+             "answer": "B", "category": "Perception/Remote Sensing", "l2-category": "color"},
+            dict(question="Which?\nA. (A) car\nB. (B) bus\nC. (E) no", answer="B", answer_form="mca", options=("(A) car", "(B) bus", "(E) no"),
+                 category="Perception/Remote Sensing", id="9")),
+}
+PARQUET["mme"][0]["multi-choice options"][2] = "(C) no"
+PARQUET["mme"][1].update(question="Which?\nA. car\nB. bus\nC. no", options=("car", "bus", "no"))
+
+
+@pytest.mark.parametrize("name", PARQUET)
+def test_parquet(tmp_path, name):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+    row, expected = PARQUET[name]
+    parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / f"{name}.parquet")
+    (tmp_path / "x").mkdir()
+    noise(40, 30).save(tmp_path / "x" / "1.png")
+    example, = load_data(tmp_path)
+    assert example == Example(example.image, **expected)
+    assert example.load_image().tobytes() == noise(40, 30).tobytes()
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "train.parquet").write_bytes(b"PAR1")
+    with pytest.raises(InputError, match=r'pip install -e "\.\[data\]"'):
+        load_data(tmp_path / "train.parquet")
+
+
+@pytest.mark.parametrize("sentence", [
+    "Answer with the option's letter from the given choices directly.",
+    "Select the best answer to the above multiple-choice question based on the image.",
+    "Respond with only the letter (A, B, C, D, or E) of the correct option.",
+    "Please select the correct answer from the options above.", "Answer the question using a single word or phrase.",
+    "Please answer directly with only the letter of the correct option and nothing else.",
+    "Think first, call **image_zoom_in_tool** if needed, then answer.", "Put your final answer within \\boxed{}.",
+    "Reason step by step, and give the final answer inside <answer></answer>.", "Please think step by step.",
+    "Your answer should be one word.", "Only output the option letter.",
+])
+def test_instructions_are_cut(sentence):
+    assert clean_question(f"<image>\nWhat colour is the U.S. flag's 3.5 m pole?\n{sentence}") == "What colour is the U.S. flag's 3.5 m pole?"
+    assert clean_question(f"{sentence} What colour is it?") == "What colour is it?"
+    assert clean_question("What colour is it?\nThe best answer is:") == "What colour is it?"
+
+
+@pytest.mark.parametrize("question", [
+    "Select the colour of the car.", "Give the first letter on the sign.", "The image shows a gate. Give the letters on the sign.",
+    "Which option is written on the door?", "Can you answer directly what is on the left?", "Think of the sign. What does it say?",
+    "Give the number on the bus.", "What is the correct answer on the poster?", "Answer with the option's letter.",
+])
+def test_questions_stay(question):
+    assert clean_question(question) == question
+
+
+def test_options_in_the_text():
+    assert split_options("Which?\n(A) red\n(B) blue") == ("Which?", ["red", "blue"])
+    assert split_options("Which?\nA. red\nB: blue\nC) green") == ("Which?", ["red", "blue", "green"])
+    for untouched in ("Which?", "Which gate?\nA. only one", "Which?\nB. blue\nC. green", "A. red B. blue"):
+        assert split_options(untouched) == (untouched, [])
+
+
+def test_ten_thousand_rows_cost_little_memory(tmp_path):
+    """Rows hold paths, not pixels: 10,000 of them in well under the 1 GiB that 40 decoded images would take."""
+    import tracemalloc
+    noise(64, 64).save(tmp_path / "a.png")
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({**GOOD, "id": i}) + "\n" for i in range(10_000)))
+    tracemalloc.start()
+    assert len(load_data(tmp_path)) == 10_000
+    assert tracemalloc.get_traced_memory()[1] < 2**26
+    tracemalloc.stop()
+
+
+# ---------------------------------------------------------------------------------------------
+# Pictures of every kind
+
+
+def sixteen_bit():
+    return Image.frombytes("I;16", (2, 1), (65535).to_bytes(2, "little") + (0).to_bytes(2, "little"))
+
+
+def palette():
+    image = Image.new("P", (4, 3), 1)
+    image.putpalette([0, 0, 0, 255, 0, 0])
+    return image
+
+
+def see_through():
+    image = Image.new("RGBA", (4, 3), (0, 0, 0, 0))                # transparent black is white on paper
+    image.putpixel((0, 0), (0, 0, 255, 255))
+    return image
+
+
+@pytest.mark.parametrize("image, suffix, size, corner, other", [
+    (Image.new("CMYK", (4, 3), (0, 255, 255, 0)), "tif", (4, 3), (255, 0, 0), (255, 0, 0)),
+    (palette(), "png", (4, 3), (255, 0, 0), (255, 0, 0)),
+    (see_through(), "png", (4, 3), (0, 0, 255), (255, 255, 255)),
+    (sixteen_bit(), "png", (2, 1), (255, 255, 255), (0, 0, 0)),
+    (Image.new("L", (1, 1), 7), "png", (1, 1), (7, 7, 7), (7, 7, 7)),
+    (Image.new("1", (4, 3), 1), "png", (4, 3), (255, 255, 255), (255, 255, 255)),
+    (Image.new("LA", (4, 3), (9, 255)), "png", (4, 3), (9, 9, 9), (9, 9, 9)),
+    (Image.new("RGB", (400, 20), (1, 2, 3)), "png", (400, 20), (1, 2, 3), (1, 2, 3)),
+    (Image.new("RGB", (7680, 4320), (1, 2, 3)), "png", (7680, 4320), (1, 2, 3), (1, 2, 3)),
+])
+def test_every_kind_of_picture_becomes_rgb(tmp_path, image, suffix, size, corner, other):
+    image.save(tmp_path / f"a.{suffix}")
+    loaded = load_data(write_over(tmp_path, f"a.{suffix}"))[0].load_image()
+    assert (loaded.mode, loaded.size) == ("RGB", size)
+    assert loaded.getpixel((0, 0)) == corner and loaded.getpixel((size[0] - 1, size[1] - 1)) == other
+
+
+def write_over(folder, image):
+    (folder / "data.jsonl").write_text(json.dumps({**GOOD, "image": image}))
+    return folder
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6                                              # the camera was held upright
+    Image.new("RGB", (40, 20)).save(tmp_path / "r.jpg", exif=exif)
+    assert Example(tmp_path / "r.jpg", "q", "a").load_image().size == (20, 40)
+
+
+def test_a_truncated_image_is_an_error_by_name(tmp_path):
+    (tmp_path / "cut.png").write_bytes(png(size=(64, 64))[:300])
+    with pytest.raises(InputError, match="cut.png of example 9"):
+        Example(tmp_path / "cut.png", "q", "a", id="9").load_image()
+
+
+def test_a_floating_point_image_is_refused():
+    with pytest.raises(ValueError, match="floating point"):
+        to_rgb(Image.new("F", (2, 2)))
