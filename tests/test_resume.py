@@ -321,9 +321,14 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(folder, data, tm
 
 
 def test_a_second_ctrl_c_stops_at_once(folder, data, tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+
     def impatient(text, example):
         os.kill(os.getpid(), signal.SIGINT)
+        while signal.getsignal(signal.SIGINT) is not before:                      # the first one is being handled
+            time.sleep(0.001)
         os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
         raise AssertionError("went on")
 
     with pytest.raises(KeyboardInterrupt):
@@ -382,7 +387,7 @@ def test_overlong_prompts_are_counted_as_they_will_be_encoded(tiny, tmp_path):
     image.save(tmp_path / "a.png")
     example = Example(tmp_path / "a.png", "Which way, then?", "down", size=image.size, id="long")
     lengths = [len(rollout.perceiver_prompt(codec, image, example.question).ids)]
-    texts = rollout.REASONER.format(regions=rollout.REGIONS, question=example.question, form=rollout.FORMS["free_form"])
+    texts = rollout.REASONER.format(regions=rollout.REGIONS["both"], question=example.question, form=rollout.FORMS["free_form"])
     lengths.append(len(codec.encode(texts, [image] * 4).ids))                     # square: each takes the whole budget of 16 tokens
     fits = max(lengths[0] - 16, lengths[1] - 4 * 16)
     assert rollout.overlong(codec, [example], fits, 10) == []
