@@ -206,13 +206,13 @@ def train(s, read_boxes=parse_boxes, score=evaluation.score):
     source, device = find(s.model), evaluation.device()
     policy, codec = load(source, s.max_pixels, device)
     codec.check(example.question for example in examples + held_out)
+    judge = evaluation.Judge.load(s.judge, device) if s.judge not in ("self", "none") else None
     run = new_run_folder(s)
     # Activation checkpointing on language and vision layers; transformers renamed the switch in 5.2x.
     checkpointing = getattr(policy, "activation_checkpointing_enable", None) or policy.gradient_checkpointing_enable
     checkpointing({"use_reentrant": False})
     optimizer = grpo.MasterAdamW(policy, s.lr, weight_decay=s.weight_decay)
 
-    judge = evaluation.Judge.load(s.judge, device) if s.judge not in ("self", "none") else None
     how = evaluation.Protocol(evidence=s.evidence, max_pixels=s.max_pixels, perceive_tokens=s.perceive_tokens,
                               reason_tokens=s.reason_tokens, penalty=1.0, batch=s.rollout_batch * s.group)
 
