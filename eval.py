@@ -654,6 +654,8 @@ CATEGORIES = {  # a data set's category -> the papers' column
         ("ocr with complex context", "OCR"), ("remote sensing", "RS"), ("diagram and table", "DT"), ("monitoring", "MO"),
         ("autonomous_driving", "AD"))},
 }
+
+
 def accuracy(records):
     """(share of right answers, how many independent questions stand behind it).
 

@@ -8,7 +8,7 @@ from fractions import Fraction
 import pytest
 
 import eval as evaluation
-from eval import Example, Judge, Score, answer_in, grade, number_in, option_letter, score
+from eval import Example, Judge, Score, grade, number_in, option_letter, score
 
 COLOURS = ("red", "a blue car", "green", "Apple")
 NOTES = ("Gate E", "red and blue", "Vitamin C", "5 or 6", "The image does not show it.")
