@@ -168,7 +168,8 @@ def to_rgb(image):
     if image.mode == "F":
         raise ValueError("a floating point image has no defined white; convert it to 8 bits a channel")
     if image.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion would clip it to white
-        return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+        values = np.asarray(image).clip(0, 65535).astype(np.uint16)
+        return Image.fromarray((values >> (8 if values.max() > 255 else 0)).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -229,27 +230,28 @@ def _cycle(count):
 def picture(image, boxes, question, texts, width=1200):
     """One image that tells the whole story: annotated image, numbered crops, question, texts.
 
-    image: the original (RGB), of any size and shape: what it is scaled to follows from its shape, the
-    text is always 20 pixels high. boxes: list of Box. texts: list of (title, text) written below, such
+    image: the original (RGB), of any size and shape: the layout follows its shape, the text is always
+    20 pixels high (Latin letters only: that is what Pillow's own font has). boxes: list of Box. texts: list of (title, text) written below, such
     as ("perceiver", "[...]"). Returns an RGB image `width` pixels wide; its height follows.
     """
-    annotated, crops = gather(image, boxes)
+    _, crops = gather(image, boxes)
     gap, font, line_height = 20, ImageFont.load_default(20), 28
     inner = width - 2 * gap
     count, row = max(len(crops), 1), True
     if image.width > 2 * image.height or not crops:      # a panorama: crops in a row below
-        main = _fit(annotated, inner, 700)
+        main = _fit(image, inner, 700)
         left, top, tall = gap, main.height + 2 * gap, 420
     else:                                                # else beside it: in a row if it is upright, in a column if not
-        main = _fit(annotated, inner * 2 // 3 - gap, 760)
+        main = _fit(image, inner * 2 // 3 - gap, 760)
         left, top, row = main.width + 2 * gap, gap, image.height > 1.3 * image.width
         tall = max(main.height, 450) if row else (max(main.height, 450) + gap) // count - gap
     each = (width - left) // count - gap if row else width - left - gap
+    main, _ = gather(main, boxes)                        # drawn again at this scale, or thin lines would vanish
     placed = [(main, gap, gap)]
     for crop in crops:
         placed.append((_fit(crop, each, tall), left, top))
         left, top = (left + placed[-1][0].width + gap, top) if row else (left, top + placed[-1][0].height + gap)
-    top = max(y + tile.height for tile, _, y in placed) + gap
+    top = max(y + max(tile.height, line_height) for tile, _, y in placed) + gap
     lines = _wrap([("question", question), *texts], font, inner)
     page = Image.new("RGB", (width, top + line_height * len(lines) + gap), "white")
     draw = ImageDraw.Draw(page)
@@ -278,7 +280,7 @@ def _wrap(texts, font, width):
     for title, text in texts:
         for paragraph in text.split("\n"):
             line = ""
-            for word in re.findall(r"\S{1,60}\s*|\s+", paragraph) or [""]:
+            for word in re.findall(r"\S{1,40}\s*|\s+", paragraph) or [""]:
                 if line and font.getlength(line + word) > width - 130:
                     lines.append((title, line))
                     title, line = "", ""

@@ -13,9 +13,8 @@ images inside is unpacked once into an ordinary folder, in the cache; from there
 Protocol. As the authors evaluate (greedy, 4,194,304 pixels an image, at least 16,384, repetition penalty 1.05,
 256 tokens for the Perceiver and 1024 for the Reasoner, an answer without <answer> is wrong), but for this:
  1. Prompts are worded by us, so a published checkpoint meets words it was not trained on.
- 2. The penalty looks at the prompt and the response, as vLLM's and the library's do.
- 3. Option letters, numbers and boxes are read by the rules of `option_letter`, `number_in` and crop.parse_boxes.
- 4. `think` and `direct` run under the same budgets; the papers' baselines may not have.
+ 2. Option letters, numbers and boxes are read by the rules of `option_letter`, `number_in` and crop.parse_boxes.
+ 3. `think` and `direct` run under the same budgets and penalty; the papers' baselines may not have.
 """
 
 import argparse
@@ -30,17 +29,22 @@ import itertools
 import json
 import math
 import os
+import random
 import re
+import string
 import sys
 import time
+import unicodedata
 from collections import Counter
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import transformers
 from PIL import Image
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 import toy
@@ -152,12 +156,12 @@ def _rows(file):
                 if line.strip():
                     try:
                         yield number, json.loads(line)
-                    except ValueError as error:
+                    except (ValueError, RecursionError) as error:
                         yield number, InputError(f"not a JSON object ({error})")
     elif file.suffix == ".json":
         try:
             rows = json.loads(file.read_bytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{file} is not JSON ({error})") from error
         _need(isinstance(rows, list), f"{file} must hold a JSON list of examples, not a {type(rows).__name__}")
         yield from enumerate(rows, start=1)
@@ -169,7 +173,7 @@ def _rows(file):
         try:  # row by row, unbuffered; with images inside, Arrow still holds two row groups (the hub's have 100 rows)
             batches = parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False).iter_batches(batch_size=1)
             yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
-        except ArrowException as error:
+        except (ArrowException, OSError) as error:
             raise InputError(f"{file} cannot be read as parquet: {error}") from error
     else:
         csv.field_size_limit(1 << 30)  # an image is one field
@@ -183,18 +187,19 @@ def _rows(file):
 def _unpack(file):
     """Write the rows of `file` as data.jsonl and the images inside it as files, once -> that folder, in the cache."""
     def fill(folder):
-        places = {}  # VLMEvalKit stores an image once; later rows hold the index of the row that has it
+        rows, places = [], {}  # VLMEvalKit stores an image once; other rows hold the index of the row that has it
         (folder / "images").mkdir()
+        for number, row in tqdm(_rows(file), f"unpacking {file.name}, once", delay=2, unit="row"):
+            for column in COLUMNS["image"]:
+                content = _content(row.get(column))
+                if isinstance(content, bytes):
+                    name = "images/" + hashlib.sha256(content).hexdigest()[:32]  # equal images are stored once
+                    (folder / name).write_bytes(content)
+                    row[column] = places[str(row.get("index"))] = {"unpacked": name}
+            rows.append(row)
         with (folder / "data.jsonl").open("w") as out:
-            for number, row in tqdm(_rows(file), f"unpacking {file.name}, once", delay=2, unit="row"):
-                for column in COLUMNS["image"]:
-                    content = _content(row.get(column))
-                    if isinstance(content, bytes):
-                        name = "images/" + hashlib.sha256(content).hexdigest()[:32]  # equal images are stored once
-                        (folder / name).write_bytes(content)
-                        row[column] = places[str(row.get("index"))] = {"unpacked": name}
-                    elif isinstance(content, str) and content in places:
-                        row[column] = places[content]
+            for row in rows:
+                row |= {c: places[row[c]] for c in COLUMNS["image"] if isinstance(row.get(c), str) and row[c] in places}
                 out.write(json.dumps(row, default=lambda value: f"({type(value).__name__})") + "\n")
 
     key = f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}"
@@ -207,10 +212,14 @@ def _content(value):
         value = value[0]
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
-    if isinstance(value, str) and len(value) > 64 and "." not in value:  # base64 has no dot, a path has one
+    if isinstance(value, str) and len(value) > 64 and "." not in value[:1000]:  # base64 has no dot; a path's extension has one
         with contextlib.suppress(binascii.Error):
-            return base64.b64decode(value, validate=True)
+            return base64.b64decode(re.sub(r"^data:[^,]*,|\s", "", value), validate=True)
     return value
+
+
+def _given(value):
+    return value not in (None, "", []) and value == value  # not NaN, which pandas writes for what is missing
 
 
 def _need(fine, problem):
@@ -228,40 +237,40 @@ def _example(row, root, unpacked, number, used):
             value = row
             for key in column.split("."):
                 value = value.get(key) if isinstance(value, dict) else None
-            if value not in (None, "", []) and field not in fields:
+            if _given(value) and field not in fields:
                 fields[field] = value
                 used.setdefault(field, column)
     for field in ("image", "question", "answer"):
         _need(field in fields, f"the field {field!r} is missing or empty; it is read from {' or '.join(COLUMNS[field])}")
     question, answer, boxes = fields["question"], fields["answer"], fields.get("boxes", [])
-    if isinstance(question, list):  # chat messages: what the user says
-        question = next((m.get("content") for m in question if isinstance(m, dict) and m.get("role") == "user"), None)
+    if isinstance(question, list):  # chat messages: the text of what the user says
+        said = next((m.get("content") for m in question if isinstance(m, dict) and m.get("role") == "user"), None)
+        question = "".join(part.get("text") or "" for part in said) if isinstance(said, list) else said
     _need(isinstance(question, str), f"the field 'question' must be text, not {str(question)[:80]!r}")
-    question = clean_question(question)
-    _need(question, "the field 'question' is empty")
     _need(isinstance(answer, str) or _is_number(answer), f"the field 'answer' must be text, not {str(answer)[:80]!r}")
-    answer = str(answer).strip()
+    answer = (answer_in(str(answer)) or str(answer)).strip()
     _need(answer, "the field 'answer' is empty")
 
-    letters = [letter for letter in LETTERS if row.get(letter) not in (None, "")]
+    letters = [letter for letter in LETTERS if _given(row.get(letter))]
     _need("".join(letters) == LETTERS[:len(letters)], f"the options {', '.join(letters)} are given, but not those between them")
-    options = [str(row[letter]) for letter in letters] or fields.get("options", [])
-    _need(isinstance(options, list) and len(options) <= len(LETTERS) and all(isinstance(o, str) for o in options),
-          f"the field 'options' must be a list of at most {len(LETTERS)} texts, not {str(options)[:80]!r}")
+    options = [row[letter] for letter in letters] or fields.get("options", [])
     if not options:
         question, options = split_options(question)
+    _need(isinstance(options, list) and len(options) <= len(LETTERS) and all(isinstance(o, str) or _is_number(o) for o in options),
+          f"the field 'options' must be a list of at most {len(LETTERS)} texts, not {str(options)[:80]!r}")
+    question, options = clean_question(question), [str(option) for option in options]
+    _need(question, "the field 'question' is empty")
     labels = [re.match(rf"\(?{letter}[).:]\s*", option) for letter, option in zip(LETTERS, options)]
     if all(labels):  # "(A) red" -> "red"; the letter comes back below
         options = [option[label.end():] for label, option in zip(labels, options)]
     question = "\n".join([question, *(f"{letter}. {option}" for letter, option in zip(LETTERS, options))])
 
     letter = option_letter(answer, options)
-    # A row that does not say: multiple choice where it has options and the answer is one of them.
-    form = fields.get("answer_form", "mca" if options and letter else "free_form")
+    form = fields.get("answer_form", "mca" if options else "free_form")  # of a row that does not say
     _need(isinstance(form, str) and form in FORMS, f"the field 'answer_form' must be one of {', '.join(FORMS)}, not {form!r}")
     for fine, problem in ((form != "free_form" or plain_words(answer), "which holds no word to compare with"),
-                          (form != "mca" or letter, "which names no option letter A to F"),
-                          (form != "mca" or not options or letter in LETTERS[:len(options)], f"but there are only {len(options)} options"),
+                          (form != "mca" or letter, "which names no option" if options else "which names no option letter A to F"),
+                          (form != "mca" or not (options and letter) or letter in LETTERS[:len(options)], f"but there are only {len(options)} options"),
                           (form != "na" or number_in(answer), "which is not a number")):
         _need(fine, f"the field 'answer' is {answer!r}, {problem}")
     _need(isinstance(boxes, list) and all(
@@ -278,24 +287,25 @@ def _check_image(value, root, unpacked):
     if isinstance(value, list):
         _need(len(value) == 1, f"the field 'image' holds {len(value)} images; P2R asks about one")
         value = value[0]
-    if isinstance(value, dict) and "unpacked" in value:
+    if unpacked and isinstance(value, dict) and "unpacked" in value:
         path = unpacked / value["unpacked"]
     else:
         value = value.get("path") if isinstance(value, dict) else value
         _need(isinstance(value, str) and len(value) < 1000, f"the field 'image' must be a path, not {str(value)[:80]!r}")
         path = inside(root, value)
-    if not path.is_file():
+    try:
+        with open_image(path) as header:
+            (width, height), mode = header.size, header.mode
+    except FileNotFoundError as error:
         archives = _archives(root)
         raise InputError(f"the field 'image' names {path}, which does not exist; " + (
             f"images may still be inside {', '.join(archives)}: unpack them, and say where with --images" if archives else
-            "--images says where paths start"))
-    try:
-        with open_image(path) as header:
-            width, height = header.size
+            "--images says where paths start")) from error
     except Exception as error:  # Pillow raises a dozen kinds for a broken file
         raise InputError(f"the field 'image' names {path}, which cannot be read: {error}") from error
     _need(max(width, height) <= MAX_RATIO * min(width, height), f"the field 'image' names {path}, which is {width} x {height}: "
           f"Qwen3-VL takes images up to {MAX_RATIO} times as long as wide")
+    _need(mode != "F", f"the field 'image' names {path}, whose pixels are floating point numbers: convert it to 8 bits a channel")
     return path, (width, height)
 
 
@@ -306,15 +316,19 @@ def _archives(root):
     return [f.name for f in found if f.suffix in (".zip", ".tar", ".tgz", ".gz", ".7z", ".rar")][:4]
 
 
-# Sentences that data sets add and that contradict our prompts: they say how to answer, not what is asked.
-_INSTRUCTION = re.compile(
-    r"(?:(?:please|only|then|and|first|carefully),? )*(?:answer|respond|reply|select|choose|pick|output|provide|give|return|put|"
-    r"enclose|think|reason|write|use|(?:your|the) (?:final |best |correct )?(?:answer|response))\b.*(?:"
-    r"option'?s? letter|letters? (?:of (?:the|your) (?:correct|right|best|chosen|option|answer|choice)|corresponding|\()|"
-    r"(?:given|following|provided|above|listed|these) (?:options|choices)|(?:correct|best|right) (?:option|choice|answer)|"
-    r"directly|(?:single|one) (?:word|number|letter|phrase)|short phrase|boxed|step by step|tool_call|zoom_in|"
-    r"(?:call|use|using) .*tools?\b|nothing else|<think>|<answer>).*|"
-    r"(?:your|the) (?:final|best|correct|right) answer(?: is)?:?", re.IGNORECASE | re.DOTALL)
+# What data sets add to a question to say how to answer, not what is asked. It contradicts our prompts. Matched against
+# whole sentences, and narrow: a question must never be lost to it.
+_INSTRUCTION = re.compile(r"""
+      .*(<think>|<answer>|<tool_call>|\\boxed|_tool\b|reasoning\ process|step\ by\ step).*
+    | (hint:\ )?(please\ |just\ |only\ |directly\ )*(answer|respond|reply|output)\b
+          .*\b(letter|option|options|choice|choices|word|phrase|directly|short|nothing|question)\b.*
+    | (please\ |only\ )*(select|choose|pick)\ (the|an?)\ ((best|correct|right|most\ appropriate)\ )?(answer|option|choice|letter)
+          ((,|\ from|\ to|\ among|\ of|\ based|\ below|\ above)\b.*)?
+    | (please\ |only\ )*(put|give|provide|write|return|output)\ (your|the)\ ((final|best|correct|right|chosen)\ )?(answer|option\ letter
+          |letter\ of\ the\ (correct|right|best|chosen)\ (answer|option|choice))\b.*
+    | (your|the)\ ((final|best|correct|right)\ )?(answer|response)\ (should|must)\b.*
+    | (your|the)\ (final|best|correct|right)\ answer(\ is)? | (options|choices|answer|the\ (options|choices)\ are(\ listed)?\ below)
+    """, re.IGNORECASE | re.DOTALL | re.VERBOSE)
 
 
 def clean_question(text):
@@ -322,18 +336,18 @@ def clean_question(text):
 
     A sentence that ends in a question mark always stays, and so does a text that would vanish.
     """
-    text = re.sub(r"<image>", "", text).strip()
+    text = re.sub(r"<image>|^\s*Question:", "", text).strip()
     sentences = re.split(r"(?<=[.!?])(?=\s)|(?<=\n)", text)
-    kept = [s for s in sentences if s.strip().endswith("?") or not _INSTRUCTION.fullmatch(s.strip())]
+    kept = [s for s in sentences if s.strip().endswith("?") or not _INSTRUCTION.fullmatch(s.strip().rstrip(".:! "))]
     return "".join(kept).strip() or text
 
 
 def split_options(question):
     """Options written into a question as lines "(A) red", "B. blue" ... -> (question without them, options)."""
     lines = question.split("\n")
-    found = [re.fullmatch(r"\s*\(?([A-F])[).:]\s*(\S.*?)\s*", line) for line in lines]
-    letters = [m[1] for m in found if m]
-    if len(letters) < 2 or letters != list(LETTERS[:len(letters)]):
+    found = [re.fullmatch(r"\s*\(?([A-Z])[).:]\s*(\S.*?)\s*", line) for line in lines]
+    letters = "".join(m[1] for m in found if m)
+    if len(letters) < 2 or letters != string.ascii_uppercase[:len(letters)]:
         return question, []
     return "\n".join(line for line, m in zip(lines, found) if not m).strip(), [m[2] for m in found if m]
 
@@ -384,9 +398,8 @@ def score(text, example):
 
 def answer_in(text):
     """What stands inside the last <answer>..</answer>, or None."""
-    before, closing, _ = text.rpartition("</answer>")
-    _, opening, answer = before.rpartition("<answer>")
-    return answer.strip() if closing and opening else None
+    found = re.findall(r"<answer>((?:(?!</?answer>).)*)</answer>", text, re.DOTALL)
+    return found[-1].strip() if found else None
 
 
 def correct(answer, example):
@@ -400,76 +413,87 @@ def correct(answer, example):
     return plain_words(answer) == plain_words(example.answer) != ""
 
 
-_PREFIX = re.compile(r"(?:(?:(?:the|my)\s)?(?:(?:final|correct|right|best)\s)?(?:answer|option|choice)(?:\sis)?\s?:?\s?){1,2}(?=\S)",
-                     re.IGNORECASE)
+_PREFIX = re.compile(r"(?:(?:so|thus|therefore|hence),?\s)?(?:(?:(?:the|my)\s)?(?:(?:final|correct|right|best)\s)?"
+                     r"(?:answer|option|choice|letter)(?:\s(?:is|should\sbe))?\s?:?\s?){1,2}(?=\S)", re.IGNORECASE)
 
 
 def option_letter(text, options=()):
     """The one option letter A..F that a text names, or None.
 
-    Accepts "C", "c", "(C)", "C.", "C. blue", "**C**", "The answer is C" and the full text of an
+    Accepts "C", "c", "(C)", "C.", "C. blue", "**C**", "The answer is C", "C is correct" and the full text of an
     option. Refuses "A or B", "Apple", "A blue car", "", letters somewhere in a sentence, essays, and
     a letter before the text of another option.
     """
-    text = " ".join(re.sub(r"[*`$]|\\boxed|\\text|[{}]", " ", text).split()).rstrip(" .,")
+    text = re.sub(r"\s*\n\s*", ". ", unicodedata.normalize("NFKC", text).strip())
+    bare = " ".join(re.sub(r"\\boxed|\\text|[*`$#<>\"\u201c\u201d\\{}\[\]]", " ", text).split()).strip(" .,'\u3002")
+    bare = re.sub(r"^\(\s?(\w)\s?\)", r"(\1)", _PREFIX.sub("", bare, count=1) if _PREFIX.match(bare) else bare)
+    if re.fullmatch(r"\(?[A-Fa-f]\)?[.:]?", bare):
+        return bare.strip("().:").upper()
     texts = {letter: plain_words(option) for letter, option in zip(LETTERS, options)}
-    for bare in (text, _PREFIX.sub("", text, count=1) if _PREFIX.match(text) else text):
-        named = [letter for letter, words in texts.items() if words == plain_words(bare) != ""]
-        if len(named) == 1 and not re.match(r"\(?\w[).:]", bare):  # an option's own text, without a letter before it
-            return named[0]
     found = re.fullmatch(r"(\(?)([A-Fa-f])\b(.*)", bare)
-    if not found:
+    if found:
+        letter, rest = found[2].upper(), found[3]
+        marked = re.match(r"(\)[.:]?|[.:]+)(?=\s)" if found[1] else r"([).:]+|\s[-:\u2013\u2014])(?=\s)", rest)
+        tail = rest[marked.end():] if marked else rest
+        words = plain_words(tail)
+        if words == texts.get(letter) or re.fullmatch(r"is (the )?(correct|right|best)( (answer|option|choice))?|is the answer", words):
+            return letter                                      # "C. green" and "C green": its own option; "C is correct"
+    if not re.match(r"\(?\w[).:]", bare):                       # an option's own text, with no letter before it
+        named = [letter for letter, words in texts.items() if words and words in (plain_words(text), plain_words(bare))]
+        if len(named) == 1:
+            return named[0]
+    if not found or not marked:                                # a sentence; "A blue car"
         return None
-    opening, letter, rest = found[1], found[2].upper(), found[3]
-    marked = re.match(r"(\)[.:]?|[.:]+)(?=\s|$)" if opening else r"([).:]+|\s[-:])(?=\s|$)", rest)
-    tail = rest[marked.end():].strip() if marked else rest
-    words = plain_words(tail)
-    if not words or words == texts.get(letter):       # "C", "(C)", "C."; "C. green", "C green": its own option
-        return letter
-    if not marked or words in texts.values() or len(words.split()) > 10:  # "A blue car"; "B. green"; an essay
+    if words in texts.values() or len(words.split()) > 10:     # "B. green", the text of another option; an essay
         return None
-    other = re.search(r"^(or|and|&|/)|\b(or|and)\s\(?[a-f]\b|\b[A-Fb-f]\b", re.sub(r"^A\s", "", tail))
-    return None if other else letter                  # "A. or B."; but "B. A cat" is fine
+    tokens = re.sub(r"^A(?=\s[a-z])", "", tail.strip()).split()
+    if tokens[0].lower() in ("or", "and", "&", "/") or any(t.strip("().,:;") in (*"ABCDEF", *"bcdef") for t in tokens):
+        return None                                            # "A. or B."; but "B. A cat" is fine
+    return letter
 
 
-_NUMBER = re.compile(r"(?<![\w.,/])([-+]?)\$?((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:e([-+]?\d{1,2})\b)?"
-                     r"(?:\s?/\s?(\d+))?(?![\d/]|[.,]\d)\s?(%|percent\b)?", re.IGNORECASE)
+_NUMBER = re.compile(r"(?<![\w,/])(?<!\d\.)([-+]?)[$\u20ac\u00a3]?((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(e[-+]?\d{1,2}\b)?"
+                     r"(?:\s?/\s?(\d+))?(?![\d/_]|[.,]\d)\s?(%|percent\b)?(thousand\b|million\b|billion\b)?", re.IGNORECASE)
 _NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
-
-
-class Number(NamedTuple):
-    value: float
-    percent: bool
+_POWERS = {"thousand": 10**3, "million": 10**6, "billion": 10**9}
 
 
 def number_in(text):
-    """The one number of a text, or None for none or several.
+    """The one number of a text as (exact Fraction, has a percent sign), or None for none or several.
 
-    "1,200 m", "1200.0", "-2.5", "3/4", "75%", "1.5e3", "$5" and the words zero to twelve; units may follow.
+    "1,200 m", "1200.0", "-2.5", "3/4", "75%", "1.5e3", "$5", "2 million", and "three people": zero to twelve as words.
     """
-    words = plain_words(text)
-    if words in _NUMBER_WORDS:
-        return Number(float(_NUMBER_WORDS.index(words)), False)
-    found = list(_NUMBER.finditer(text.replace("\u2212", "-")))
-    if len(found) != 1 or re.search(r"\d", text[:found[0].start()]) or float(found[0][4] or 1) == 0:
+    text = re.sub("[\u2212\u2013]", "-", text)
+    first = re.match(r"(?:there (?:is|are) )?(\w+)", plain_words(text))
+    if first and first[1] in _NUMBER_WORDS and sum(word in _NUMBER_WORDS for word in plain_words(text).split()) == 1 \
+            and not re.search(r"\d", text):
+        return Fraction(_NUMBER_WORDS.index(first[1])), False
+    found = list(_NUMBER.finditer(text))
+    if len(found) != 1 or re.search(r"\d", text[:found[0].start()]):
         return None
-    sign, digits, exponent, below, percent = found[0].groups()
-    return Number(float(f"{sign}{digits.replace(',', '')}e{exponent or 0}") / float(below or 1), bool(percent))
+    sign, digits, exponent, below, percent, power = found[0].groups()
+    if below and not int(below):
+        return None
+    value = Fraction(f"{sign}{digits.replace(',', '')}{exponent or ''}") * _POWERS.get((power or "").lower(), 1)
+    return value / int(below or 1), bool(percent)
 
 
 def same_number(answer, truth):
-    """Equal to one part in a million. 75% is 0.75; where only one of the two has the sign, it may also be 75."""
+    """Whole numbers exactly, others to one part in a million. 75% is 0.75; where only one of the two has the sign, also 75."""
     a, b = number_in(answer), number_in(truth)
     if a is None or b is None:
         return False
-    readings = [[n.value, n.value / 100] if n.percent and not other.percent else [n.value] for n, other in ((a, b), (b, a))]
-    return any(math.isclose(x, y, rel_tol=1e-6, abs_tol=1e-12) for x in readings[0] for y in readings[1])
+    readings = [[n, n / 100] if percent and not other[1] else [n] for (n, percent), other in ((a, b), (b, a))]
+    return any(x == y or (x.denominator * y.denominator > 1 and abs(x - y) <= abs(y) / 10**6)
+               for x in readings[0] for y in readings[1])
 
 
 def plain_words(text):
-    """Lower case, without punctuation at the ends of words, extra spaces and a leading article."""
-    words = [bare for word in text.casefold().split() if (bare := word.strip(".,;:!?\"'`()[]*"))]
-    return " ".join(words[1:] if len(words) > 1 and words[0] in ("a", "an", "the") else words)
+    """Lower case, one form of each character, no punctuation around words, extra spaces or leading article."""
+    words = unicodedata.normalize("NFKC", text).casefold().split()
+    words = [bare for w in words if (bare := re.sub(r"^(?!\.\d)[^\w\s$\u20ac\u00a3+%-]+|[^\w\s%+]+$", "", w))]
+    article = len(words) > 1 and words[0] in ("a", "an", "the") and words[1][0].isalpha()
+    return " ".join(words[article:])
 
 
 JUDGE = """Question: {question}
@@ -502,7 +526,7 @@ class Judge:
             kind = transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
             model = kind.from_pretrained(folder, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise InputError(f"--judge {name} cannot be loaded: {' '.join(str(error).split())}") from error
         if tokenizer.chat_template is None:
             raise InputError(f"--judge {name} has no chat template: choose an instruction-tuned model")
@@ -559,6 +583,11 @@ class Protocol:
     penalty: float = setting(1.05, "protocol", "repetition penalty; 1: none")
     batch: int = setting(8, "protocol", "questions asked together")
 
+    def check(self):
+        """Raises InputError for the first setting that cannot work."""
+        for name in ("perceive_tokens", "reason_tokens", "penalty", "batch"):
+            _need(getattr(self, name) > 0, f"--{name.replace('_', '-')} {getattr(self, name)} must be more than 0")
+
 
 def ask(model, codec, examples, how, judge=None):
     """Yields a record, a dict ready for JSON, for each Example. Greedy, so deterministic.
@@ -577,8 +606,8 @@ def ask(model, codec, examples, how, judge=None):
         groups = direct(model, codec, chunk, max_tokens=how.reason_tokens, **limits) if how.mode == "direct" else \
             reason(model, codec, list(zip(chunk, boxes)), how.evidence, max_tokens=how.reason_tokens, **limits)
         texts = [g.completions[0].text for g in groups]
-        if how.mode == "direct":  # the whole text is the answer
-            texts = [f"<answer>{text}</answer>" for text in texts]
+        if how.mode == "direct":  # the whole text is the answer, unless the model is used to tags
+            texts = [f"<answer>{text}</answer>" if answer_in(text) is None else text for text in texts]
         scores = grade(zip(texts, chunk), judge)
         for e, text, seen, p, found, s in zip(chunk, texts, perceived, parsed, boxes, scores):
             yield {"id": e.id, "category": e.category, "rotation": e.rotation, "image": str(e.image), "question": e.question,
@@ -644,6 +673,8 @@ CATEGORIES = {  # a data set's category -> the papers' column
         ("ocr with complex context", "OCR"), ("remote sensing", "RS"), ("diagram and table", "DT"), ("monitoring", "MO"),
         ("autonomous_driving", "AD"))},
 }
+
+
 def accuracy(records):
     """(share of right answers, how many independent questions stand behind it).
 
@@ -667,7 +698,7 @@ def print_benchmark(records, title, spec, speed=None):
     named = [CATEGORIES.get(r["category"].lower(), r["category"] or "all") for r in records]
     published = json.loads((Path(__file__).parent / "assets" / "published.json").read_text())  # the papers' rows, in percent
     name = next((n for n, rows in published.items() if set(named) <= set(rows["columns"])
-                 and ("HR" not in n or n[-2:].lower() in str(spec).lower())), None)
+                 and ("HR" not in n or n[-2:].lower() in Path(spec).stem.lower())), None)
     papers = published.get(name, {"columns": list(dict.fromkeys(named)) + ["overall"]})
     full = papers.pop("columns")
     columns = [c for c in full if c in named and c != "all"]
@@ -690,21 +721,13 @@ def print_benchmark(records, title, spec, speed=None):
           + (f"; {speed:.2f} questions/s" if speed else ""))
 
 
-def benchmark(model, codec, examples, how, out, judge=None, pictures=0):
-    """Ask every example, one line of results.jsonl each, and go on where a killed run stopped -> (records, questions/s)."""
-    file = out / "results.jsonl"
-    whole = [line for line in (file.read_text().splitlines(True) if file.exists() else []) if line.endswith("\n")]
-    file.write_text("".join(whole))  # without the line that was cut off
-    records = [json.loads(line) for line in whole]
-    rest, start = examples[len(records):], time.perf_counter()
-    with file.open("a") as lines:
-        for record in tqdm(ask(model, codec, rest, how, judge), "asking", initial=len(records), total=len(examples), unit="q"):
-            lines.write(json.dumps(record) + "\n")
-            lines.flush()
-            records.append(record)
-            if len(records) <= pictures:
-                draw(record, examples[len(records) - 1]).save(out / f"{len(records):05d}.png")
-    return records, len(rest) / (time.perf_counter() - start) if rest else None
+def read_records(file):
+    """The records of a results.jsonl, without a last line that a killed run left half. Raises InputError."""
+    whole = [line for line in (file.read_text().splitlines(keepends=True) if file.exists() else []) if line.endswith("\n")]
+    try:
+        return [json.loads(line) for line in whole]
+    except ValueError as error:
+        raise InputError(f"{file} holds a line that is not JSON ({error}): remove the file, or choose another --out") from error
 
 
 def draw(record, example):
@@ -724,7 +747,7 @@ class What:
     data: str = setting("", "what", "questions: a file, folder or hub id; without it (and --image) the toy's")
     images: str = setting("", "what", "folder that relative image paths start from; default: the data file's")
     skip_bad: bool = setting(False, "what", "leave bad rows out, and count them, instead of stopping")
-    limit: int = setting(0, "what", "ask only so many questions, spread evenly over the data; 0: all")
+    limit: int = setting(0, "what", "ask only so many questions, drawn at random once and for all; 0: all")
     judge: str = setting("none", "what", "who settles free-form answers in other words: none, self, or a model")
     out: str = setting("", "what", "folder for results.jsonl and pictures; default: runs/eval-MODEL-DATA-MODE")
     pictures: int = setting(8, "what", "draw the first so many questions")
@@ -735,23 +758,37 @@ class What:
 
 
 def run_data(what, how):
-    """Every question of a data set -> results.jsonl, pictures and the table."""
+    """Every question of a data set -> results.jsonl, pictures and the table; goes on where a killed run stopped."""
     examples = load_data(what.data, what.images, what.skip_bad)
-    if what.limit:
-        examples = [examples[i * len(examples) // what.limit] for i in range(min(what.limit, len(examples)))]
+    if 0 < what.limit < len(examples):
+        examples = [examples[i] for i in sorted(random.Random(0).sample(range(len(examples)), what.limit))]
     out = Path(what.out or "runs/eval-{}-{}-{}".format(Path(what.model).name, Path(what.data).stem, how.mode))
-    config = {"model": what.model, "data": what.data, "limit": what.limit, "judge": what.judge, **asdict(how)}
     out.mkdir(parents=True, exist_ok=True)
-    known = json.loads((out / "config.json").read_text()) if (out / "config.json").exists() else config
-    changed = [f"{k} is {known.get(k)} there and {v} here" for k, v in config.items() if known.get(k) != v]
-    if changed:
-        raise InputError(f"{out} holds results of other settings ({'; '.join(changed)}): choose another --out")
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    records = read_records(out / "results.jsonl")
+    config = {"model": what.model, "data": what.data, "judge": what.judge, **asdict(how)}
+    known = json.loads((out / "config.json").read_text()) if records else config
+    changed = [f"{name} was {known.get(name)} and is {value}" for name, value in config.items() if known.get(name) != value]
+    if [(r["id"], r["question"], r["answer"]) for r in records] != [(e.id, e.question, e.answer) for e in examples[:len(records)]]:
+        changed.append("the questions are not the same")
+    _need(not changed, f"{out} holds other results ({'; '.join(changed)}): choose another --out")
     model, codec = load(find(what.model), how.max_pixels, device(), how.min_pixels)
     codec.check(e.question for e in examples)
     judge = {"none": lambda: None, "self": lambda: Judge(model, codec.tokenizer)}.get(
         what.judge, lambda: Judge.load(what.judge, device()))()
-    records, speed = benchmark(model, codec, examples, how, out, judge, what.pictures)
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    if len(records) < len(examples):
+        del records[len(records) // (4 * how.batch) * (4 * how.batch):]  # whole batches, as an undisturbed run asks them
+    (out / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    rest, start = examples[len(records):], time.perf_counter()
+    with (out / "results.jsonl").open("a") as lines:
+        for record in tqdm(ask(model, codec, rest, how, judge), "asking", initial=len(records), total=len(examples), unit="q"):
+            lines.write(json.dumps(record) + "\n")
+            lines.flush()
+            records.append(record)
+    speed = len(rest) / (time.perf_counter() - start) if rest else None
+    for number, (record, example) in enumerate(list(zip(records, examples))[:what.pictures], start=1):
+        draw(record, example).save(out / f"{number:05d}.png")
     print_benchmark(records, f"{Path(what.model).name} in mode {how.mode}", what.data, speed)
     print(f"results and pictures: {out}")
 
@@ -780,7 +817,8 @@ def rescore(file):
     if not file.is_file() or not (file.parent / "config.json").is_file():
         raise InputError(f"--score {file}: there must be such a file, and config.json beside it")
     how = json.loads((file.parent / "config.json").read_text())
-    records = [json.loads(line) for line in file.read_text().splitlines()]
+    records = read_records(file)
+    _need(records, f"--score {file}: there is no result in it")
     for r in records:
         example = Example(Path(r["image"]), r["question"], r["answer"], r["answer_form"], tuple(r["options"]))
         r["reward"] = r["reward"] if r["judged"] else score(r["reasoned"], example).reward
@@ -813,8 +851,9 @@ def main(arguments=None):
         if not what.data and not what.image:
             raise InputError("--model needs --data (a benchmark, or questions of your own), or --image and --question")
         how = Protocol(**given)
+        how.check()
         run_picture(what, how) if what.image else run_data(what, how)
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"eval.py: {error}", file=sys.stderr)
         return 2
     return 0

@@ -212,6 +212,7 @@ def train(s, read_boxes=parse_boxes, score=evaluation.score, resume=False):
     codec.check(example.question for example in examples + held_out)
     examples, held_out = (fitting(codec, some, s.text_tokens, max(s.perceive_tokens, s.reason_tokens), s.skip_bad)
                           for some in (examples, held_out))
+    judge = evaluation.Judge.load(s.judge, device) if s.judge not in ("self", "none") else None
     run = Path(s.out) if resume else checkpoint.new_run_folder(s)
     # Activation checkpointing on language and vision layers; transformers renamed the switch in 5.2x.
     checkpointing = getattr(policy, "activation_checkpointing_enable", None) or policy.gradient_checkpointing_enable
@@ -223,7 +224,6 @@ def train(s, read_boxes=parse_boxes, score=evaluation.score, resume=False):
         optimizer.load_masters(last)
     total = s.iterations * len(PHASES) * s.steps
 
-    judge = evaluation.Judge.load(s.judge, device) if s.judge not in ("self", "none") else None
     how = evaluation.Protocol(evidence=s.evidence, max_pixels=s.max_pixels, perceive_tokens=s.perceive_tokens,
                               reason_tokens=s.reason_tokens, penalty=1.0, batch=s.rollout_batch * s.group)
 

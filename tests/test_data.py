@@ -69,6 +69,11 @@ def test_a_line_becomes_an_example(tmp_path, capsys):
     ({**GOOD, "options": "red"}, ["line 2", "'options'"]),
     ({**GOOD, "A": "red", "C": "blue"}, ["line 2", "options A, C"]),
     ({**GOOD, "answer_form": ["mca"]}, ["line 2", "'answer_form'"]),
+    ({**GOOD, "options": ["red", "blue"], "answer": 0}, ["line 2", "'answer'", "no option"]),
+    ({**GOOD, "question": "Which?\n" + "\n".join(f"{c}. {c}x" for c in "ABCDEFG"), "answer": "G"}, ["line 2", "'options'", "at most 6"]),
+    ({**GOOD, "image": "x" * 300}, ["line 2", "'image'"]),
+    ({**GOOD, "image": {"unpacked": "a.png"}}, ["line 2", "'image'", "must be a path"]),
+    ("[" * 100_000, ["line 2", "not a JSON object"]),
     ({**GOOD, "answer_form": "mca", "answer": "E", "options": ["red", "blue"]}, ["line 2", "'answer'", "only 2 options"]),
     ({**GOOD, "answer": "?!"}, ["line 2", "'answer'", "no word"]),
     ({**GOOD, "image": "sliver.png"}, ["line 2", "'image'", "2010 x 10"]),
@@ -120,6 +125,15 @@ def test_which_file_of_a_folder(tmp_path):
     for i in range(2):
         write(shards, {**GOOD, "id": i}).rename(shards / f"train-0000{i}-of-00002.jsonl")
     assert [e.id for e in load_data(shards)] == ["0", "1"]
+
+
+def test_a_bare_file_name_guards_its_folder_too(tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    noise(20, 20).save(tmp_path / "secret.png")
+    write(tmp_path / "in", {**GOOD, "image": "../secret.png"})
+    monkeypatch.chdir(tmp_path / "in")
+    with pytest.raises(InputError, match="outside"):
+        load_data("data.jsonl")
 
 
 def test_a_hub_id(tmp_path, monkeypatch):
@@ -175,6 +189,10 @@ def test_vlmevalkit_tsv(tmp_path, cache):
     made = {f: f.stat().st_mtime_ns for f in cache.rglob("*")}
     assert load_data(tmp_path / "HRBench4K.tsv") == examples
     assert {f: f.stat().st_mtime_ns for f in cache.rglob("*")} == made            # unpacked once
+    rows[0]["image"], rows[1]["image"] = "1", rows[0]["image"]                    # the image may stand in a later row, and be wrapped
+    rows[2]["image"] = "data:image/png;base64," + base64.encodebytes(png(2)).decode()
+    swapped = load_data(write_tsv(tmp_path / "HRBench4K.tsv", rows))
+    assert [e.load_image().tobytes() for e in swapped] == [e.load_image().tobytes() for e in examples]
     rows[2]["image"] = "7"
     write_tsv(tmp_path / "HRBench4K.tsv", rows)
     with pytest.raises(InputError, match="HRBench4K.tsv, row 3: the field 'image'"):
@@ -225,6 +243,19 @@ def test_parquet(tmp_path, name):
     assert example.load_image().tobytes() == noise(40, 30).tobytes()
 
 
+def test_what_pandas_leaves_in_a_parquet(tmp_path):
+    """NaN for what is missing; and a file that is cut off is named."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+    row = PARQUET["hr_bench"][0] | {"C": float("nan"), "D": float("nan"), "answer": "B", "cycle_category": float("nan")}
+    parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "a.parquet")
+    example, = load_data(tmp_path)
+    assert example.options == ("1", "2") and example.rotation == ""
+    (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-20])
+    with pytest.raises(InputError, match="a.parquet cannot be read"):
+        load_data(tmp_path / "a.parquet")
+
+
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "train.parquet").write_bytes(b"PAR1")
@@ -233,28 +264,41 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("sentence", [
-    "Answer with the option's letter from the given choices directly.",
-    "Select the best answer to the above multiple-choice question based on the image.",
-    "Respond with only the letter (A, B, C, D, or E) of the correct option.",
+    "Answer with the option's letter from the given choices directly.", "Just output the letter.", "Directly answer the question.",
+    "Select the best answer to the above multiple-choice question based on the image.", "Answer in short.", "Only output the option letter.",
+    "Respond with only the letter (A, B, C, D, or E) of the correct option.", "Your response should only contain the letter.",
     "Please select the correct answer from the options above.", "Answer the question using a single word or phrase.",
-    "Please answer directly with only the letter of the correct option and nothing else.",
-    "Think first, call **image_zoom_in_tool** if needed, then answer.", "Put your final answer within \\boxed{}.",
-    "Reason step by step, and give the final answer inside <answer></answer>.", "Please think step by step.",
-    "Your answer should be one word.", "Only output the option letter.",
+    "Please answer directly with only the letter of the correct option and nothing else.", "Your answer should be one word.",
+    "Think first, call **image_zoom_in_tool** if needed, then answer. Format strictly as:  <think>...</think>  <tool_call>...</tool_call> "
+    "(if tools needed)  <answer>...</answer>", "Put your final answer within \\boxed{}.", "Please think step by step.", "Let's think step by step.",
+    "You FIRST think about the reasoning process. The reasoning process MUST BE enclosed within <think> </think> tags.",
+    "Hint: Please answer the question and provide the correct option letter, e.g., A, B, C, D, at the end.",
+    "Reason step by step, and give the final answer inside <answer></answer>.", "Provide the letter of the correct option.",
 ])
 def test_instructions_are_cut(sentence):
     assert clean_question(f"<image>\nWhat colour is the U.S. flag's 3.5 m pole?\n{sentence}") == "What colour is the U.S. flag's 3.5 m pole?"
-    assert clean_question(f"{sentence} What colour is it?") == "What colour is it?"
-    assert clean_question("What colour is it?\nThe best answer is:") == "What colour is it?"
+    assert clean_question(f"{sentence}\nWhat colour is it?") == "What colour is it?"
+    assert clean_question("Question: What colour is it?\nOptions:\nThe best answer is:") == "What colour is it?"
 
 
 @pytest.mark.parametrize("question", [
     "Select the colour of the car.", "Give the first letter on the sign.", "The image shows a gate. Give the letters on the sign.",
     "Which option is written on the door?", "Can you answer directly what is on the left?", "Think of the sign. What does it say?",
     "Give the number on the bus.", "What is the correct answer on the poster?", "Answer with the option's letter.",
+    "You see a street. Give the colour of the car directly behind the bus.", "Look at the bus. Give the single number on its front.",
+    "Think about the person directly left of the tree. What is he holding?", "This is a menu. Choose the best choice for a vegetarian.",
+    "The answer sheet has one number circled. What number is it?", "Look. Select the tool in the man's hand.",
+    "Here is a street. Read the letters on the left. Write the word on the sign.", "It is a form. Select the option that the pen points at.",
 ])
 def test_questions_stay(question):
     assert clean_question(question) == question
+
+
+def test_a_question_is_not_lost_between_its_options(tmp_path):
+    file = write(tmp_path, {**GOOD, "question": "Select the number on the jersey of the player directly in front of the goal.\nA. 7\nB. 9", "answer": "B"},
+                 {**GOOD, "question": "Answer with the letter on the sign.\nA. Q\nB. R\nAnswer with the option's letter.", "answer": "B"})
+    assert [e.question.split("\n")[0] for e in load_data(file)] == ["Select the number on the jersey of the player directly in front of the goal.",
+                                                                   "Answer with the letter on the sign."]
 
 
 def test_options_in_the_text():
@@ -300,6 +344,7 @@ def see_through():
     (palette(), "png", (4, 3), (255, 0, 0), (255, 0, 0)),
     (see_through(), "png", (4, 3), (0, 0, 255), (255, 255, 255)),
     (sixteen_bit(), "png", (2, 1), (255, 255, 255), (0, 0, 0)),
+    (Image.new("I", (2, 1), 200), "tif", (2, 1), (200, 200, 200), (200, 200, 200)),
     (Image.new("L", (1, 1), 7), "png", (1, 1), (7, 7, 7), (7, 7, 7)),
     (Image.new("1", (4, 3), 1), "png", (4, 3), (255, 255, 255), (255, 255, 255)),
     (Image.new("LA", (4, 3), (9, 255)), "png", (4, 3), (9, 9, 9), (9, 9, 9)),
@@ -331,6 +376,9 @@ def test_a_truncated_image_is_an_error_by_name(tmp_path):
         Example(tmp_path / "cut.png", "q", "a", id="9").load_image()
 
 
-def test_a_floating_point_image_is_refused():
+def test_a_floating_point_image_is_refused(tmp_path):
     with pytest.raises(ValueError, match="floating point"):
         to_rgb(Image.new("F", (2, 2)))
+    Image.new("F", (2, 2)).save(tmp_path / "f.tif")
+    with pytest.raises(InputError, match="f.tif, whose pixels are floating point"):
+        load_data(write_over(tmp_path, "f.tif"))

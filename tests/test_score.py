@@ -1,12 +1,14 @@
 """What counts as correct: a pile of answers, each with its expected verdict, written by hand."""
 
+import random
 import re
 import string
+from fractions import Fraction
 
 import pytest
 
 import eval as evaluation
-from eval import Example, Judge, Score, answer_in, grade, number_in, option_letter, score
+from eval import Example, Judge, Score, grade, number_in, option_letter, score
 
 COLOURS = ("red", "a blue car", "green", "Apple")
 NOTES = ("Gate E", "red and blue", "Vitamin C", "5 or 6", "The image does not show it.")
@@ -16,10 +18,18 @@ NOTES = ("Gate E", "red and blue", "Vitamin C", "5 or 6", "The image does not sh
     # one letter, however it is dressed
     ("C", (), "C"), ("c", (), "C"), ("(C)", (), "C"), ("(c)", (), "C"), ("C.", (), "C"), ("C)", (), "C"), ("C:", (), "C"),
     ("**C**", (), "C"), ("`C`", (), "C"), (" C \n", (), "C"), ("$C$", (), "C"), (r"\boxed{C}", (), "C"), ("F", (), "F"), ("a", (), "A"),
+    ('"C"', (), "C"), ("\u201cC\u201d", (), "C"), ("[C]", (), "C"), (r"\(C\)", (), "C"), ("( C )", (), "C"), ("C\u3002", (), "C"), ("\uff08C\uff09", (), "C"),
+    # a letter is a letter, also where some option's text is that letter (which letter is on the sign?)
+    ("A", ("B", "A", "D", "C"), "A"), ("(A)", ("B", "A", "D", "C"), "A"), ("A. B", ("B", "A", "D", "C"), "A"), ("D", ("B", "A", "D", "C"), "D"),
     # with its option's text
     ("C. blue", (), "C"), ("C) blue", (), "C"), ("(C) blue", (), "C"), ("C: blue", (), "C"), ("C - blue", (), "C"), ("**C.** blue", (), "C"),
     ("C. green", COLOURS, "C"), ("C green", COLOURS, "C"), ("C, green", COLOURS, "C"), ("B. A blue car.", COLOURS, "B"), ("B. A cat", (), "B"),
+    ("C \u2013 green", (), "C"), ("C \u2014 green", COLOURS, "C"), ("C\n\nThe car is green.", (), "C"), ("C.\n\nThe car is green.", (), "C"),
+    ("C.green", COLOURS, "C"), ("(C)green", COLOURS, "C"), ("B. A man and a dog", (), "B"), ("A. 25 \u00b0C", (), "A"), ("D. It'd rain", (), "D"),
+    ("A. The bus and a car", ("the bus", "the car", "none"), "A"),
     # announced
+    ("### Answer: C", (), "C"), ("So the answer is C", (), "C"), ("Therefore, the answer is C.", (), "C"), ("The answer should be C", (), "C"),
+    ("The letter is C", (), "C"), ("C is the correct answer", (), "C"), ("C is correct.", (), "C"),
     ("The answer is C", (), "C"), ("The answer is C.", (), "C"), ("the answer is (c).", (), "C"), ("Answer: C", (), "C"), ("Option C", (), "C"),
     ("The correct answer is (C)", (), "C"), ("The correct option is C", (), "C"), ("Final answer: C", (), "C"), ("My answer is C", (), "C"),
     ("The answer is option C", (), "C"), ("The answer is C. green", COLOURS, "C"),
@@ -54,23 +64,23 @@ def test_agreement_with_the_benchmarks_rule():
     for letter in "ABCDE":
         for clean in ("{}", "({})", "{}.", "{}) blue", "({}) blue", "{}. blue", "**{}**"):
             assert option_letter(clean.format(letter)) == first_capital(clean.format(letter)) == letter
-    for fooled, right in (("Based on the sign, C", None), ("c", "C"), ("Apple", None), ("The answer is C", "C"), ("Don't know", None)):
-        assert option_letter(fooled) == right
-        assert (first_capital(fooled.split("answer is")[-1]) == right) == ("answer is" in fooled)
+    for fooled, ours, theirs in (("Based on the sign, C", None, "B"), ("c", "C", None), ("Apple", None, "A"), ("Don't know", None, "D")):
+        assert (option_letter(fooled), first_capital(fooled)) == (ours, theirs)
 
 
 @pytest.mark.parametrize("text, value, percent", [
     ("3", 3, False), ("3.0", 3, False), ("1,200", 1200, False), ("1200.0", 1200, False), ("1,234,567.5", 1234567.5, False), (".5", 0.5, False),
     ("-2.5 m", -2.5, False), ("\u22125", -5, False), ("+7", 7, False), ("3/4", 0.75, False), ("75%", 75, True), ("75 percent", 75, True),
-    ("1.5e3", 1500, False), ("$5", 5, False), ("-$5", -5, False), ("about 40 people", 40, False), ("40km/h", 40, False), ("5 m2", 5, False),
+    ("1.5e3", 1500, False), ("$5", 5, False), ("-$5", -5, False), ("\u20135", -5, False), ("No.5", 5, False), ("2 million", 2_000_000, False),
+    ("three people", 3, False), ("There are three.", 3, False), ("about 40 people", 40, False), ("40km/h", 40, False), ("5 m2", 5, False),
     ("three", 3, False), ("Twelve.", 12, False), ("5.", 5, False), ("0", 0, False), ("the 5th", 5, False),
 ])
 def test_numbers(text, value, percent):
-    assert number_in(text) == (pytest.approx(value), percent)
+    assert number_in(text) == (Fraction(str(value)), percent)
 
 
 @pytest.mark.parametrize("text", ["", "three or four", "many", "3 or 4", "between 2 and 5", "3-5", "3,4", "1,2,3", "1,2000", "12:30", "1.2.3",
-                                  "2024-01-05", "1/0", "1/2/3", "x5", "none", "9" * 30 + " 9"])
+                                  "2024-01-05", "1/0", "1/2/3", "x5", "none", "9" * 30 + " 9", "1_000", "the red one", "three of twelve"])
 def test_no_number(text):
     assert number_in(text) is None
 
@@ -79,7 +89,8 @@ def test_no_number(text):
     ("1200.0", "1,200", True), ("1201", "1,200", False), ("0.75", "3/4", True), ("75%", "3/4", True), ("75%", "0.75", True), ("75", "75%", True),
     ("0.75", "75%", True), ("75%", "75", True), ("75%", "75%", True), ("0.75%", "75%", False), ("0.75", "75", False), ("7.5", "75%", False),
     ("40 km/h", "40", True), ("three", "3", True), ("-3", "3", False), ("0", "0", True), ("0.0001", "0", False), ("12 or 13", "12", False),
-    ("1000001", "1000000", True), ("1000010", "1000000", False), ("", "0", False),
+    ("1000001", "1000000", False), ("5551239", "5551234", False),
+    ("0.33333333", "1/3", True), ("0.3333", "1/3", False), ("1.5 million", "1500000", True), ("9" * 400, "9" * 400, True), ("", "0", False),
 ])
 def test_same_number(answer, truth, same):
     assert evaluation.same_number(answer, truth) == same
@@ -106,6 +117,11 @@ def example(answer, form="free_form", options=()):
     ("<answer>blue</answer> no, <answer>red</answer>", example("red"), 1, True, False),   # the last one counts
     ("<answer>" + "red " * 21 + "</answer>", example("red"), 0, True, False),    # an essay is not worth asking about
     ("<answer>r<|im_end|></answer>", example("red"), 0, True, False),            # nothing that could steer the judge's prompt
+    ("<answer>\u201cred\u201d</answer>", example("red"), 1, True, False),
+    ("<answer>.5</answer>", example("5"), 0, True, True),                        # a decimal point is no punctuation
+    ("<answer>A 12</answer>", example("12"), 0, True, True),                     # gates and plates
+    ("<answer>caf\u00e9</answer>", example("cafe\u0301"), 1, True, False),        # one form of each character
+    ("<answer>red</answer> so </answer>", example("red"), 1, True, False),
     ("<answer>A or B or C</answer>", example("A", "mca"), 0, True, False),
     ("<answer>B</answer>", example("(B)", "mca"), 1, True, False),
     ("<answer>b</answer>", example("B. blue", "mca", ("red", "blue")), 1, True, False),
@@ -119,14 +135,14 @@ def test_score(text, truth, reward, answered, still_open):
 
 
 def test_no_text_breaks_the_rules():
-    """Anything printable, anywhere: a verdict, never an exception, and never a right answer by accident."""
-    import random
+    """Anything printable, anywhere: a verdict, never an exception, and never a right answer where the truth is not in the text."""
     rng = random.Random(0)
     for _ in range(3000):
-        text = "".join(rng.choice(string.printable + "<answer></answer>\u2212\u0663") for _ in range(rng.randint(0, 40)))
-        for truth in (example("quagga"), example("B", "mca", ("red", "blue")), example("123456", "na")):
-            assert score(f"<answer>{text}</answer>", truth).reward in (0, 1)
-            assert score(text, truth).reward == 0 or answer_in(text) is not None
+        text = "".join(rng.choice(string.printable + "\u2212\u0663\u00bd") for _ in range(rng.randint(0, 40)))
+        for truth in (example("quagga"), example("123456", "na")):
+            assert score(f"<answer>{text}</answer>", truth).reward == 0
+        assert score(f"<answer>{text}</answer>", example("B", "mca", ("red", "blue"))).reward <= ("b" in text.lower())
+        assert score(text, example("quagga")) == (0, False, False, False)
 
 
 def test_the_judge_is_asked_once_for_what_is_open_and_nothing_else():

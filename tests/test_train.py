@@ -116,6 +116,30 @@ def test_each_distinct_evidence_is_asked_once_and_voided_rollouts_never(folder, 
     assert first["box_area"] == pytest.approx(0.09)
 
 
+def test_the_frozen_copy_judges_and_evidence_and_bad_rows_are_as_asked(folder, data, tmp_path, monkeypatch):
+    """The default judge is the frozen copy, never the policy; it settles every open answer, and each phase asks the Reasoner with
+    the evidence that was chosen; a bad row is left out."""
+    asked, seen = [], []
+
+    def judge(self, cases):
+        asked.append((any(p.requires_grad for p in self.model.parameters()), len(cases)))
+        return [True] * len(cases)
+
+    def spied(codec, image, boxes, question, form, evidence, _real=rollout.reasoner_prompt):
+        seen.append(evidence)
+        return _real(codec, image, boxes, question, form, evidence)
+
+    monkeypatch.setattr(p2r_min.evaluation.Judge, "__call__", judge)
+    monkeypatch.setattr(rollout, "reasoner_prompt", spied)
+    data.write_text(data.read_text() + "{}\n")
+    settings = small(folder, data, tmp_path / "run", steps=1, group=2, judge="self", evidence="crops", skip_bad=True)
+    run = train(settings, Cycle().read_boxes, lambda text, example: Score(0.0, True, open=True))
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [m["judged"] for m in metrics] == [m["reward_mean"] for m in metrics] == [1.0, 1.0]
+    assert [trained for trained, _ in asked] == [False, False] and asked[1][1] == 4 and set(seen) == {"crops"}
+    assert Settings().judge == "self" and Settings().data == "hongxingli/P2R-10k"      # the defaults for a real model
+
+
 def test_the_frozen_perceiver_is_asked_once_a_phase(folder, data, tmp_path):
     """Four questions, two a step, four steps: the second pass over the data needs no new boxes."""
     run = train(small(folder, data, tmp_path / "run", steps=4))
