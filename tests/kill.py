@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,6 +98,10 @@ def trial(number, folder, data, seconds, seed):
                 story.append(f"{moment} ({kinds.pop(0)})")
             elif process.returncode:
                 break  # it failed by itself
+            elif story:
+                kinds.clear()  # the resumed run was done before its second kill
+            else:
+                shutil.rmtree(run)  # done before its kill: the same again, at another moment
         status = process.wait()
         log.seek(0)
         said = [line.replace(str(run), "").replace("resuming ", "").strip() for line in log.read().splitlines()
