@@ -16,10 +16,15 @@ T = the sum of a group's R, so every per-token tensor of a group is one flat (T,
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 # ---------------------------------------------------------------------------------------------
 # The algorithm: pure functions
@@ -76,7 +81,7 @@ class Row:
     """A prompt and its G responses as one sequence of length L = P + T."""
     ids: torch.Tensor        # (1, L)
     positions: torch.Tensor  # (3, 1, L) every response restarts right after the prompt
-    mask: torch.Tensor       # (1, 1, L, L) True where a token may look
+    layout: torch.Tensor     # (1, 1, 1, 1 + G) on the CPU: P, then R of each response; see group_attention
     pixels: torch.Tensor     # (patches, ...)
     grids: torch.Tensor      # (images, 3)
     predictors: torch.Tensor  # (T,) where in the row each response token is predicted
@@ -93,21 +98,48 @@ def pack(prompt, responses, device="cpu"):
     if not lengths or min(lengths) == 0:
         raise ValueError(f"cannot train on responses of lengths {lengths}: each needs at least one token")
     P, targets = len(prompt.ids), torch.cat(list(responses))                    # (T,)
-    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))  # (T,) which response
     offset = torch.cat([torch.arange(n) for n in lengths])                      # (T,) 0 .. R-1 inside it
     positions = torch.cat([prompt.positions, (prompt.positions.max() + 1 + offset).expand(3, -1)], dim=1)
     # The *last prompt token* predicts the first token of every response; then each predicts the next.
     predictors = torch.where(offset == 0, P - 1, P - 1 + torch.arange(len(targets)))  # (T,)
     return Row(torch.cat([prompt.ids, targets])[None].to(device), positions[:, None].to(device),
-               group_mask(P, owner.to(device)), prompt.pixels.to(device), prompt.grids.to(device),
+               torch.tensor([[[[P, *lengths]]]]), prompt.pixels.to(device), prompt.grids.to(device),
                predictors.to(device), targets.to(device), lengths)
 
 
-def group_mask(P, owner):
-    """(1, 1, L, L) bool: causal, and a response token sees no other response. owner: (T,)."""
-    group = torch.cat([owner.new_full((P,), -1), owner])                        # (L,) -1 = prompt
-    causal = torch.ones(len(group), len(group), dtype=torch.bool, device=owner.device).tril()
-    return (causal & ((group[None, :] == -1) | (group[None, :] == group[:, None])))[None, None]
+def group_attention(module, query, key, value, mask, scaling, **more):
+    """Attention for G responses that share a prompt, in training and in sampling. Returns (B, L, heads, d), None.
+
+    query: (B, heads, L, d); key, value: (B, KV heads, columns, d). In training B = 1 and Row.layout stands where a mask
+    would (the library hands 4-D masks through untouched): the prompt is causal, each response sees the prompt and
+    itself. That equals one dense (L, L) mask (the oracle in tests/test_grpo.py), which at L = 25,000 takes 0.6 GB
+    and keeps SDPA off its flash kernel. In sampling few queries meet a long cache: the heads that share a KV head
+    become further queries of it, so the cache is not copied for each of them. All else is the library's own.
+    """
+    if mask is not None and mask.dtype == torch.long:
+        P, *lengths = mask.flatten().tolist()
+        q, k, v = (t.split([P, *lengths], dim=2) for t in (query, key, value))
+        attend = partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=True)
+        parts = [attend(q[0], k[0], v[0], is_causal=True)]
+        for i, R in enumerate(lengths, start=1):
+            seen, values = torch.cat([k[0], k[i]], dim=2), torch.cat([v[0], v[i]], dim=2)  # (1, KV heads, P + R, d)
+            parts.append(attend(q[i], seen, values, causal_lower_right(R, P + R)))
+        return torch.cat(parts, dim=2).transpose(1, 2), None
+    if mask is not None and query.shape[2] < key.shape[2]:
+        folded = query.reshape(*key.shape[:2], -1, query.shape[3])              # (B, KV heads, heads / KV heads * L, d)
+        mask = mask.repeat(1, 1, folded.shape[2] // query.shape[2], 1)
+        output = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
+        return output.reshape(query.shape).transpose(1, 2), None
+    return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **more)
+
+
+AttentionInterface.register("group", group_attention)
+AttentionMaskInterface.register("group", sdpa_mask)  # where there is no layout
+
+
+def use_group_attention(model):
+    if model.config.text_config._attn_implementation != "group":
+        model.set_attn_implementation({"text_config": "group"})
 
 
 def response_logprobs(model, row, banned, chunk=512):
@@ -117,7 +149,8 @@ def response_logprobs(model, row, banned, chunk=512):
     `chunk` tokens at a time, in the forward and again in the backward pass: at T = 8192 and Qwen's
     vocabulary all of them would be 4.6 GiB. `banned` ids are excluded just as in sampling.
     """
-    hidden = model.model(input_ids=row.ids, position_ids=row.positions, attention_mask=row.mask,
+    use_group_attention(model)
+    hidden = model.model(input_ids=row.ids, position_ids=row.positions, attention_mask=row.layout,
                          pixel_values=row.pixels, image_grid_thw=row.grids, use_cache=False).last_hidden_state
     hidden = hidden[0, row.predictors]                                          # (T, hidden size)
     banned = banned.to(hidden.device)

@@ -22,12 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, DynamicCache, Qwen2VLImageProcessorPil
-from transformers import Qwen3VLForConditionalGeneration
+from transformers import AutoConfig, AutoTokenizer, Qwen2VLImageProcessorPil, Qwen3VLForConditionalGeneration
+from transformers.cache_utils import Cache, DynamicLayer
 
 from crop import PLACEHOLDER, gather
+from grpo import use_group_attention
 
 class InputError(ValueError):
     """Something a user can mend. The message is one sentence; the programs print it and exit with 2."""
@@ -245,49 +247,98 @@ def sample(model, codec, prompts, *, group=1, greedy=False, max_tokens, batch, g
 
 @torch.no_grad()
 def _sample_chunk(model, codec, prompts, group, greedy, max_tokens, generator):
-    """One prefill per prompt, its cache repeated G times, then all rows decoded together."""
-    model.eval()  # in train mode activation checkpointing would drop the cache
-    device = model.device
-    inputs = collate(prompts, device)
-    cache = DynamicCache(config=model.config.get_text_config())
-    logits = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]  # (Q, V)
-    cache.batch_repeat_interleave(group)
-    logits = logits.repeat_interleave(group, dim=0)                              # (QG, V)
-    mask = inputs["attention_mask"].repeat_interleave(group, dim=0)              # (QG, P)
-    position = (inputs["position_ids"].amax(dim=(0, 2)) + 1).repeat_interleave(group)  # (QG,)
+    """One prefill a prompt, then all responses together. The G responses of a prompt share one row of the
+    cache: the prompt once, then one column a step for each response that goes on; the mask keeps them apart."""
+    use_group_attention(model.eval())  # in train mode activation checkpointing would drop the cache
+    device, count = model.device, len(prompts) * group
+    cache, logits, real, position = prefill(model, prompts)                      # (Q, V), (Q, P), (Q,)
+    logits = logits[:, None].expand(-1, group, -1)                               # (Q, S, V), S = G at first
+    slots = torch.arange(count, device=device).view(-1, group)                   # (Q, S) which response; count = none
+    owner = torch.where(real, -1, -2)                                            # (Q, columns) -1 prompt, -2 padding
 
-    count = len(prompts) * group
-    ids = torch.zeros(count, max_tokens, dtype=torch.long, device=device)        # (QG, R)
-    logps = torch.zeros(count, max_tokens, device=device)                        # (QG, R)
-    lengths = torch.zeros(count, dtype=torch.long, device=device)
-    ended = torch.zeros(count, dtype=torch.bool, device=device)
+    ids = torch.zeros(count + 1, max_tokens, dtype=torch.long, device=device)    # (QG + 1, R) the last row is for `none`
+    logps = torch.zeros(count + 1, max_tokens, device=device)
+    lengths = torch.zeros(count + 1, dtype=torch.long, device=device)
+    ended = torch.zeros(count + 1, dtype=torch.bool, device=device)
     banned, stops = codec.banned.to(device), codec.stop_ids.to(device)
-    alive = torch.arange(count, device=device)  # which completion each decoded row belongs to
     for step in range(max_tokens):
-        scores = logits.float().index_fill(-1, banned, float("-inf")).log_softmax(-1)  # (alive, V)
-        token = scores.argmax(-1) if greedy else torch.multinomial(scores.exp(), 1, generator=generator)[:, 0]
-        ids[alive, step] = token
-        logps[alive, step] = scores.gather(1, token[:, None])[:, 0]
-        lengths[alive] = step + 1
+        scores = logits.float().index_fill(-1, banned, float("-inf")).log_softmax(-1)  # (Q, S, V)
+        if greedy:
+            token = scores.argmax(-1)                                            # (Q, S)
+        else:
+            token = torch.multinomial(scores.exp().flatten(0, 1), 1, generator=generator).view(slots.shape)
+        ids[slots, step] = token
+        logps[slots, step] = scores.gather(-1, token[..., None])[..., 0]
+        lengths[slots] = step + 1
         done = torch.isin(token, stops)
-        if done.any():  # finished rows leave the batch and the cache
-            ended[alive[done]] = True
-            keep = (~done).nonzero()[:, 0]
-            if len(keep) == 0:
+        if done.any():  # finished responses leave: S shrinks to the longest row, empty rows go with their cache
+            ended[slots[done]] = True
+            slots, order = slots.masked_fill(done, count).sort(dim=1)            # the ones that go on come first
+            going = (slots < count).sum(dim=1)                                   # (Q,)
+            if not going.any():
                 break
-            alive, token, mask, position = alive[keep], token[keep], mask[keep], position[keep]
-            cache.batch_select_indices(keep)
+            keep, width = going.nonzero()[:, 0], going.max()
+            slots, token = slots[keep, :width], token.gather(1, order)[keep, :width]
+            if len(keep) < len(going):
+                owner, position = owner[keep], position[keep]
+                cache.batch_select_indices(keep)
         if step + 1 == max_tokens:
             break
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        logits = model(input_ids=token[:, None], attention_mask=mask,
-                       position_ids=(position + step)[None, :, None].expand(3, -1, 1),
-                       past_key_values=cache, use_cache=True).logits[:, -1]      # (alive, V)
+        owner = torch.cat([owner, slots], dim=1)
+        seen = (owner[:, None] == -1) | (owner[:, None] == slots[..., None])     # (Q, S, columns)
+        logits = model(input_ids=token, attention_mask=seen[:, None],
+                       position_ids=(position + step)[None, :, None].expand(3, -1, slots.shape[1]),
+                       past_key_values=cache, use_cache=True).logits             # (Q, S, V)
 
     ids, logps, lengths, ended = ids.cpu(), logps.cpu(), lengths.tolist(), ended.tolist()
     completions = [Completion(ids[i, :n].clone(), logps[i, :n].clone(), ended[i], codec.decode(ids[i, :n]))
-                   for i, n in enumerate(lengths)]
+                   for i, n in enumerate(lengths[:count])]
     return [Group(p, completions[i * group:(i + 1) * group]) for i, p in enumerate(prompts)]
+
+
+PREFILL = 16_384  # prompt tokens in one forward at most (one prompt at least): bounds the vision tower's memory
+
+
+def prefill(model, prompts):
+    """Q prompts -> (cache of Q rows, next-token logits (Q, V), real (Q, P) False at padding, next position (Q,))."""
+    longest = max(len(p.ids) for p in prompts)
+    size, parts = max(1, PREFILL // longest), []
+    for i in range(0, len(prompts), size):
+        inputs, cache = collate(prompts[i:i + size], model.device), Cache(layer_class_to_replicate=GrowingLayer)
+        logits = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        parts.append((cache, logits, inputs["attention_mask"].bool(), inputs["position_ids"].amax(dim=(0, 2)) + 1))
+    caches, logits, real, position = zip(*parts)
+    if len(parts) > 1:
+        real = [F.pad(r, (longest - r.shape[1], 0)) for r in real]
+        for layers in zip(*(cache.layers for cache in caches)):                  # layer by layer: no second cache in memory
+            for name in ("keys", "values"):
+                tensors = [getattr(layer, name) for layer in layers]             # (rows, KV heads, P, d) each
+                for layer in layers:
+                    setattr(layer, name, None)
+                setattr(layers[0], name, torch.cat([F.pad(t, (0, 0, longest - t.shape[2], 0)) for t in tensors]))
+    return caches[0], torch.cat(logits), torch.cat(list(real)), torch.cat(position)
+
+
+class GrowingLayer(DynamicLayer):
+    """A cache layer with room for the next tokens. The library's own copies the whole cache at every token."""
+    room = None  # keys and values with spare columns at the end
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        start = self.get_seq_length()
+        if start == 0:
+            return super().update(key_states, value_states)
+        stop = start + key_states.shape[2]
+        if self.room is None or self.room[0].shape[2] < stop:
+            self.room = [torch.cat([t, t.new_empty(*t.shape[:2], key_states.shape[2] + 255, t.shape[3])], dim=2)
+                         for t in (self.keys, self.values)]
+        for room, new in zip(self.room, (key_states, value_states)):
+            room[:, :, start:stop] = new
+        self.keys, self.values = (room[:, :, :stop] for room in self.room)      # (rows, KV heads, columns, d)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        super().batch_select_indices(indices)
+        self.room = None
 
 
 # ---------------------------------------------------------------------------------------------

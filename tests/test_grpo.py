@@ -132,6 +132,32 @@ def test_the_packed_row_is_the_same_function_as_separate_forwards(tiny, crops, c
     assert not entropy.requires_grad
 
 
+def dense_mask(P, lengths):
+    """(1, 1, L, L) bool, the plain form of what group_attention does: causal, and no response sees another."""
+    owner = torch.tensor([-1] * P + [i for i, n in enumerate(lengths) for _ in range(n)])
+    causal = torch.ones(len(owner), len(owner), dtype=torch.bool).tril()
+    return (causal & ((owner[None, :] == -1) | (owner[None, :] == owner[:, None])))[None, None]
+
+
+@pytest.mark.parametrize("crops", [0, 1, 3])
+def test_attention_without_a_mask_equals_one_dense_mask(tiny, folder, crops):
+    """The library's own SDPA under an explicit (L, L) mask is the oracle, for log-probs and all gradients."""
+    model, codec = tiny
+    prompt, responses = prompts_of(codec)[{0: 0, 1: 1, 3: 2}[crops]], responses_of(model)
+    row, plain = pack(prompt, responses), load_again(folder)
+    assert plain.config.text_config._attn_implementation == "sdpa"
+    hidden = plain.model(input_ids=row.ids, position_ids=row.positions, attention_mask=dense_mask(len(prompt.ids), row.lengths),
+                         pixel_values=row.pixels, image_grid_thw=row.grids, use_cache=False).last_hidden_state[0, row.predictors]
+    expected = plain.lm_head(hidden).index_fill(-1, codec.banned, float("-inf")).log_softmax(-1)[range(20), row.targets]
+    logp, _ = response_logprobs(model, row, codec.banned)
+    assert model.config.text_config._attn_implementation == "group" and torch.allclose(logp, expected, atol=1e-5)
+    weights = torch.randn(20, generator=torch.Generator().manual_seed(1))
+    for result in (logp, expected):
+        (result * weights).sum().backward()
+    for (name, p), oracle in zip(model.named_parameters(), plain.parameters()):
+        assert (p.grad - oracle.grad).norm() <= 1e-4 * oracle.grad.norm() + 1e-7, name
+
+
 def test_the_entropy_is_that_of_the_full_distribution(tiny):
     model, codec = tiny
     model.lm_head.weight.data.zero_()
