@@ -16,15 +16,12 @@ T = the sum of a group's R, so every per-token tensor of a group is one flat (T,
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+
+from rollout import MAX_CROPS, PREFILL, out_of_memory
 
 # ---------------------------------------------------------------------------------------------
 # The algorithm: pure functions
@@ -81,7 +78,7 @@ class Row:
     """A prompt and its G responses as one sequence of length L = P + T."""
     ids: torch.Tensor        # (1, L)
     positions: torch.Tensor  # (3, 1, L) every response restarts right after the prompt
-    layout: torch.Tensor     # (1, 1, 1, 1 + G) on the CPU: P, then R of each response; see group_attention
+    layout: torch.Tensor     # (1, 1, 1, 1 + G) on the CPU: P, then R of each response; see rollout.group_attention
     pixels: torch.Tensor     # (patches, ...)
     grids: torch.Tensor      # (images, 3)
     predictors: torch.Tensor  # (T,) where in the row each response token is predicted
@@ -107,41 +104,6 @@ def pack(prompt, responses, device="cpu"):
                predictors.to(device), targets.to(device), lengths)
 
 
-def group_attention(module, query, key, value, mask, scaling, **more):
-    """Attention for G responses that share a prompt, in training and in sampling. Returns (B, L, heads, d), None.
-
-    query: (B, heads, L, d); key, value: (B, KV heads, columns, d). In training B = 1 and Row.layout stands where a mask
-    would (the library hands 4-D masks through untouched): the prompt is causal, each response sees the prompt and
-    itself. That equals one dense (L, L) mask (the oracle in tests/test_grpo.py), which at L = 25,000 takes 0.6 GB
-    and keeps SDPA off its flash kernel. In sampling few queries meet a long cache: the heads that share a KV head
-    become further queries of it, so the cache is not copied for each of them. All else is the library's own.
-    """
-    if mask is not None and mask.dtype == torch.long:
-        P, *lengths = mask.flatten().tolist()
-        q, k, v = (t.split([P, *lengths], dim=2) for t in (query, key, value))
-        attend = partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=True)
-        parts = [attend(q[0], k[0], v[0], is_causal=True)]
-        for i, R in enumerate(lengths, start=1):
-            seen, values = torch.cat([k[0], k[i]], dim=2), torch.cat([v[0], v[i]], dim=2)  # (1, KV heads, P + R, d)
-            parts.append(attend(q[i], seen, values, causal_lower_right(R, P + R)))
-        return torch.cat(parts, dim=2).transpose(1, 2), None
-    if mask is not None and query.shape[2] < key.shape[2]:
-        folded = query.reshape(*key.shape[:2], -1, query.shape[3])              # (B, KV heads, heads / KV heads * L, d)
-        mask = mask.repeat(1, 1, folded.shape[2] // query.shape[2], 1)
-        output = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
-        return output.reshape(query.shape).transpose(1, 2), None
-    return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **more)
-
-
-AttentionInterface.register("group", group_attention)
-AttentionMaskInterface.register("group", sdpa_mask)  # where there is no layout
-
-
-def use_group_attention(model):
-    if model.config.text_config._attn_implementation != "group":
-        model.set_attn_implementation({"text_config": "group"})
-
-
 def response_logprobs(model, row, banned, chunk=512):
     """Log-probs of all response tokens of one Row under `model`.
 
@@ -149,7 +111,6 @@ def response_logprobs(model, row, banned, chunk=512):
     `chunk` tokens at a time, in the forward and again in the backward pass: at T = 8192 and Qwen's
     vocabulary all of them would be 4.6 GiB. `banned` ids are excluded just as in sampling.
     """
-    use_group_attention(model)
     hidden = model.model(input_ids=row.ids, position_ids=row.positions, attention_mask=row.layout,
                          pixel_values=row.pixels, image_grid_thw=row.grids, use_cache=False).last_hidden_state
     hidden = hidden[0, row.predictors]                                          # (T, hidden size)
@@ -213,6 +174,7 @@ class MasterAdamW:
         return norm.item()
 
 
+@out_of_memory("updating", "--max-pixels")
 def update_batch(policy, reference, optimizer, groups, advantages, *, banned, kl, clip, max_norm, updates=1):
     """The GRPO update on one batch: every group forward and backward, then one optimizer step.
 
@@ -247,3 +209,22 @@ def update_batch(policy, reference, optimizer, groups, advantages, *, banned, kl
                 sums["clip_fraction"] += outside.sum().item() / tokens
         sums["grad_norm"] = optimizer.step(max_norm)
     return sums | {"sampler_gap": gap / tokens}
+
+
+def estimate_memory(model, s):
+    """Peak GiB on a GPU under settings `s`, as {"sampling": ..., "updating": ...}: arithmetic, not a measurement."""
+    c, v, w = model.config.text_config, model.config.vision_config, model.dtype.itemsize
+    n, patches = model.num_parameters(), s.max_pixels / v.patch_size**2         # of one image
+    static = n * (2 * w + 12)  # policy and frozen copy in the compute type; masters and two moments in float32
+    P = [images * patches / v.spatial_merge_size**2 + 300 for images in (1, 1 + MAX_CROPS)]  # both roles'; 300 for the text
+    R = [s.perceive_tokens, s.reason_tokens]
+    # A token's keys and values, for a prompt once and its G responses (policy) or for prompts of their own (partner).
+    columns = max(max(s.rollout_batch * (p + s.group * r), s.partner_batch * (p + r)) for p, r in zip(P, R))
+    cache = columns * 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * w
+    # A layer at work: per token the MLP's three inner tensors and some ten of the hidden size; likewise per patch.
+    layer = max(3 * c.intermediate_size + 10 * c.hidden_size, (2 * v.intermediate_size + 10 * v.hidden_size) * v.spatial_merge_size**2) * w
+    # The update: float32 gradients, every layer's input, one layer recomputed with its gradients, three chunks of logits.
+    L = P[1] + s.group * R[1]
+    inputs = (L * c.hidden_size * c.num_hidden_layers + (1 + MAX_CROPS) * patches * v.hidden_size * v.depth) * w
+    update = 4 * n + inputs + 2 * L * layer + 3 * 512 * c.vocab_size * 4
+    return {"sampling": (static + cache + max(PREFILL, P[1]) * layer) / 2**30, "updating": (static + update) / 2**30}

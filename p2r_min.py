@@ -94,8 +94,9 @@ class Settings:
     max_pixels: int = setting(2_097_152, "limits", "pixel budget of every image the model sees, crops too")
     perceive_tokens: int = setting(1024, "limits", "longest Perceiver response")
     reason_tokens: int = setting(2048, "limits", "longest Reasoner response")
-    rollout_batch: int = setting(2, "limits", "questions sampled together, G rows each; partner and evaluation use as many "
-                                 "rows. At 2B a row's cache takes 112 KiB a token")
+    rollout_batch: int = setting(8, "limits", "questions sampled together, G responses each. At 2B the cache takes 112 KiB a "
+                                 "token: of each prompt once, and of each response")
+    partner_batch: int = setting(16, "limits", "prompts that the frozen partner, or evaluation, answers together")
 
     def check(self):
         """Raises InputError for the first setting that cannot work."""
@@ -104,7 +105,7 @@ class Settings:
         if self.group < 2:
             raise InputError(f"--group {self.group}: GRPO compares the samples of a group, so it needs at least 2")
         for name in ("iterations", "steps", "questions", "updates", "max_pixels", "perceive_tokens",
-                     "reason_tokens", "rollout_batch", "lr", "clip", "max_grad_norm"):
+                     "reason_tokens", "rollout_batch", "partner_batch", "lr", "clip", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} must be more than 0")
 
@@ -147,7 +148,7 @@ def perception(play, batch, s, generator):
     # (Labels never reach it; the order of the boxes does.) Void rollouts earn 0 and need no answer.
     cases = {evidence(q, p): (batch[q], p.boxes) for q, row in enumerate(parsed) for p in row if not violation(p.boxes)}
     answers = reason(play.frozen, play.codec, waiting(cases.values(), "frozen reasoner"), greedy=True,
-                     max_tokens=s.reason_tokens, batch=s.rollout_batch * s.group)
+                     max_tokens=s.reason_tokens, batch=s.partner_batch)
     texts = {key: group.completions[0].text for key, group in zip(cases, answers)}
     scores = {key: play.score(text, batch[key[0]]) for key, text in texts.items()}
     rewards = torch.tensor([[0.0 if violation(p.boxes) else scores[evidence(q, p)].reward for p in row]
@@ -170,7 +171,7 @@ def reasoning(play, batch, s, generator):
     start = time.perf_counter()
     new = [example for example in dict.fromkeys(batch) if example not in play.fixed]
     found = perceive(play.frozen, play.codec, waiting(new, "frozen perceiver"), greedy=True,
-                     max_tokens=s.perceive_tokens, batch=s.rollout_batch * s.group)
+                     max_tokens=s.perceive_tokens, batch=s.partner_batch)
     for example, group in zip(new, found):
         text = group.completions[0].text
         play.fixed[example] = text, play.read_boxes(text)
@@ -214,13 +215,15 @@ def train(s, read_boxes=parse_boxes, score=evaluation.score):
 
     def measure():
         return evaluation.evaluate(policy, codec, held_out, perceive_tokens=s.perceive_tokens,
-                                   reason_tokens=s.reason_tokens, batch=s.rollout_batch * s.group)
+                                   reason_tokens=s.reason_tokens, batch=s.partner_batch)
 
     report = {}
     if held_out:
         report = {"before": measure(), "during": []}
         write_json(run / "eval.json", report)
     step, total = 0, s.iterations * len(PHASES) * s.steps
+    if policy.num_parameters() > 1e8:
+        print("memory, estimated: " + ", ".join(f"{gib:.0f} GiB {doing}" for doing, gib in grpo.estimate_memory(policy, s).items()))
     bar = tqdm(total=total, unit="step")
     for iteration in range(1, s.iterations + 1):
         for phase, collect in PHASES.items():
@@ -233,7 +236,7 @@ def train(s, read_boxes=parse_boxes, score=evaluation.score):
                 start = time.perf_counter()
                 batch = draw(examples, step, s)
                 generator = torch.Generator(device).manual_seed(s.seed * 1_000_003 + step)
-                rollouts = collect(play, batch, s, generator)
+                rollouts = collect(play, batch, s, generator)  # ends, as the update does, by fetching results: the GPU is done
                 sampled = time.perf_counter()
                 update = grpo.update_batch(
                     policy, frozen, optimizer, rollouts.groups, grpo.group_advantages(rollouts.rewards),
@@ -245,6 +248,8 @@ def train(s, read_boxes=parse_boxes, score=evaluation.score):
                            "peak_gib": peak_gib(device), "lr": s.lr}
                 metrics["tokens_per_s"] = metrics["tokens"] / metrics["seconds_rollout"]
                 log(run, metrics)
+                if step == 1 and policy.num_parameters() > 1e8:
+                    tqdm.write(f"time left, estimated from one step: {(total - 1) * (time.perf_counter() - start) / 3600:.1f} hours")
                 if s.sample_every and (step == 1 or step % s.sample_every == 0):
                     save_sample(run, step, phase, *rollouts.shown)
                 bar.set_postfix(reward=f"{metrics['reward_mean']:.2f}", kl=f"{metrics['kl']:.3f}")

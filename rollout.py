@@ -13,26 +13,41 @@ Paper: arXiv 2607.01191. The two roles and their inputs are its inference pipeli
 the prompts is ours.
 """
 
+import contextlib
 import itertools
 import json
 import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, Qwen2VLImageProcessorPil, Qwen3VLForConditionalGeneration
+from torch.nn.attention.bias import causal_lower_right
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoTokenizer
+from transformers import Qwen2VLImageProcessorPil, Qwen3VLForConditionalGeneration
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
-from crop import PLACEHOLDER, gather
-from grpo import use_group_attention
+from crop import MAX_CROPS, PLACEHOLDER, gather
+
 
 class InputError(ValueError):
     """Something a user can mend. The message is one sentence; the programs print it and exit with 2."""
+
+
+@contextlib.contextmanager
+def out_of_memory(doing, flag):
+    """Turns a GPU that is out of memory into an InputError that names the flag to halve."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise InputError(f"the GPU's memory ran out while {doing}: halve {flag} (after that --max-pixels, then --reason-tokens)") from error
 
 
 # ---------------------------------------------------------------------------------------------
@@ -205,7 +220,9 @@ def load(folder, max_pixels, device="cpu"):
         kind = AutoConfig.from_pretrained(folder).model_type
         if kind != "qwen3_vl":
             raise InputError(f"{folder} holds a {kind} model; this code knows Qwen3-VL only")
-        model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+        # (Vision layers attend image by image, without a mask: they need nothing of ours.)
+        model = Qwen3VLForConditionalGeneration.from_pretrained(
+            folder, dtype=dtype, attn_implementation={"text_config": "group", "vision_config": "sdpa"})
         codec = Codec(folder, model, max_pixels)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         if isinstance(error, InputError):
@@ -245,11 +262,12 @@ def sample(model, codec, prompts, *, group=1, greedy=False, max_tokens, batch, g
         yield from _sample_chunk(model, codec, chunk, group, greedy, max_tokens, generator)
 
 
+@out_of_memory("sampling", "--rollout-batch and --partner-batch")
 @torch.no_grad()
 def _sample_chunk(model, codec, prompts, group, greedy, max_tokens, generator):
     """One prefill a prompt, then all responses together. The G responses of a prompt share one row of the
     cache: the prompt once, then one column a step for each response that goes on; the mask keeps them apart."""
-    use_group_attention(model.eval())  # in train mode activation checkpointing would drop the cache
+    model.eval()  # in train mode activation checkpointing would drop the cache
     device, count = model.device, len(prompts) * group
     cache, logits, real, position = prefill(model, prompts)                      # (Q, V), (Q, P), (Q,)
     logits = logits[:, None].expand(-1, group, -1)                               # (Q, S, V), S = G at first
@@ -296,7 +314,7 @@ def _sample_chunk(model, codec, prompts, group, greedy, max_tokens, generator):
     return [Group(p, completions[i * group:(i + 1) * group]) for i, p in enumerate(prompts)]
 
 
-PREFILL = 16_384  # prompt tokens in one forward at most (one prompt at least): bounds the vision tower's memory
+PREFILL = 16_384  # prompt tokens in one forward at most (one prompt at least): bounds the memory it works in
 
 
 def prefill(model, prompts):
@@ -306,39 +324,60 @@ def prefill(model, prompts):
     for i in range(0, len(prompts), size):
         inputs, cache = collate(prompts[i:i + size], model.device), Cache(layer_class_to_replicate=GrowingLayer)
         logits = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-        parts.append((cache, logits, inputs["attention_mask"].bool(), inputs["position_ids"].amax(dim=(0, 2)) + 1))
+        real = F.pad(inputs["attention_mask"], (longest - inputs["attention_mask"].shape[1], 0)).bool()
+        parts.append((cache, logits, real, inputs["position_ids"].amax(dim=(0, 2)) + 1))
     caches, logits, real, position = zip(*parts)
-    if len(parts) > 1:
-        real = [F.pad(r, (longest - r.shape[1], 0)) for r in real]
-        for layers in zip(*(cache.layers for cache in caches)):                  # layer by layer: no second cache in memory
-            for name in ("keys", "values"):
-                tensors = [getattr(layer, name) for layer in layers]             # (rows, KV heads, P, d) each
-                for layer in layers:
-                    setattr(layer, name, None)
-                setattr(layers[0], name, torch.cat([F.pad(t, (0, 0, longest - t.shape[2], 0)) for t in tensors]))
-    return caches[0], torch.cat(logits), torch.cat(list(real)), torch.cat(position)
+    for layers in zip(*(cache.layers for cache in caches)) if len(parts) > 1 else ():  # one by one: never two caches
+        for name in ("keys", "values"):
+            tensors = [vars(layer).pop(name) for layer in layers]                # (rows, KV heads, P, d) each
+            padded = [F.pad(t, (0, 0, longest - t.shape[2], 0)) for t in tensors]
+            setattr(layers[0], name, torch.cat(padded))                          # (Q, KV heads, P, d)
+    return caches[0], torch.cat(logits), torch.cat(real), torch.cat(position)
 
 
 class GrowingLayer(DynamicLayer):
-    """A cache layer with room for the next tokens. The library's own copies the whole cache at every token."""
-    room = None  # keys and values with spare columns at the end
+    """A cache layer with spare columns ahead. The library's own copies the whole cache at every token."""
+    room = None
 
     def update(self, key_states, value_states, *args, **kwargs):
-        start = self.get_seq_length()
+        start, stop = self.get_seq_length(), self.get_seq_length() + key_states.shape[2]
         if start == 0:
             return super().update(key_states, value_states)
-        stop = start + key_states.shape[2]
-        if self.room is None or self.room[0].shape[2] < stop:
-            self.room = [torch.cat([t, t.new_empty(*t.shape[:2], key_states.shape[2] + 255, t.shape[3])], dim=2)
-                         for t in (self.keys, self.values)]
+        if self.room is None or self.room[0].shape[2] < stop or len(self.room[0]) != len(self.keys):
+            self.room = [F.pad(t, (0, 0, 0, stop - start + 255)) for t in (self.keys, self.values)]
         for room, new in zip(self.room, (key_states, value_states)):
             room[:, :, start:stop] = new
-        self.keys, self.values = (room[:, :, :stop] for room in self.room)      # (rows, KV heads, columns, d)
+        self.keys, self.values = (room[:, :, :stop] for room in self.room)       # (rows, KV heads, columns, d)
         return self.keys, self.values
 
-    def batch_select_indices(self, indices):
-        super().batch_select_indices(indices)
-        self.room = None
+
+def group_attention(module, query, key, value, mask, scaling, **more):
+    """Attention for G responses that share a prompt, in training and in sampling. Returns (B, L, heads, d), None.
+
+    query: (B, heads, L, d); key, value: (B, KV heads, columns, d). In training grpo.Row.layout comes in place of a mask
+    (the library hands 4-D masks through): the prompt is causal, each response sees the prompt and itself. A dense (L, L)
+    mask does the same (tests/test_grpo.py), but takes 0.6 GB at L = 25,000 and keeps SDPA off its flash kernel. In
+    sampling the heads that share a KV head become further queries of it, or the long cache would be copied for each.
+    """
+    if mask is not None and mask.dtype == torch.long:
+        P, *lengths = mask.flatten().tolist()
+        q, k, v = (t.split([P, *lengths], dim=2) for t in (query, key, value))
+        attend = partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=True)
+        parts = [attend(q[0], k[0], v[0], is_causal=True)]
+        for i, R in enumerate(lengths, start=1):
+            seen, values = torch.cat([k[0], k[i]], dim=2), torch.cat([v[0], v[i]], dim=2)  # (1, KV heads, P + R, d)
+            parts.append(attend(q[i], seen, values, causal_lower_right(R, P + R)))
+        return torch.cat(parts, dim=2).transpose(1, 2), None
+    if mask is not None and query.shape[2] < key.shape[2]:
+        folded = query.reshape(*key.shape[:2], -1, query.shape[3])              # (B, KV heads, heads / KV heads * L, d)
+        mask = mask.repeat(1, 1, folded.shape[2] // query.shape[2], 1)
+        output = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
+        return output.reshape(query.shape).transpose(1, 2), None
+    return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **more)
+
+
+AttentionInterface.register("group", group_attention)
+AttentionMaskInterface.register("group", sdpa_mask)  # the library's masks, where it makes one
 
 
 # ---------------------------------------------------------------------------------------------

@@ -153,7 +153,8 @@ def defaults():
         except OSError:  # another process was faster; its scenes are the same
             shutil.rmtree(new)
     return dict(model=str(WARM_START), data=str(data / "train"), eval_data=str(data / "held_out"), steps=40, eval_every=40,
-                questions=16, lr=3e-4, max_pixels=BUDGET, perceive_tokens=48, reason_tokens=16, rollout_batch=16)
+                questions=16, lr=3e-4, max_pixels=BUDGET, perceive_tokens=48, reason_tokens=16, rollout_batch=16,
+                partner_batch=128)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from conftest import prompts_of
 from transformers import Qwen3VLForConditionalGeneration
 
 from grpo import MasterAdamW, group_advantages, grpo_loss, k3, pack, response_logprobs, update_batch
-from rollout import sample
+from rollout import load, sample
 
 
 def tensor(*values):
@@ -144,8 +144,7 @@ def test_attention_without_a_mask_equals_one_dense_mask(tiny, folder, crops):
     """The library's own SDPA under an explicit (L, L) mask is the oracle, for log-probs and all gradients."""
     model, codec = tiny
     prompt, responses = prompts_of(codec)[{0: 0, 1: 1, 3: 2}[crops]], responses_of(model)
-    row, plain = pack(prompt, responses), load_again(folder)
-    assert plain.config.text_config._attn_implementation == "sdpa"
+    row, plain = pack(prompt, responses), Qwen3VLForConditionalGeneration.from_pretrained(folder, attn_implementation="sdpa")
     hidden = plain.model(input_ids=row.ids, position_ids=row.positions, attention_mask=dense_mask(len(prompt.ids), row.lengths),
                          pixel_values=row.pixels, image_grid_thw=row.grids, use_cache=False).last_hidden_state[0, row.predictors]
     expected = plain.lm_head(hidden).index_fill(-1, codec.banned, float("-inf")).log_softmax(-1)[range(20), row.targets]
@@ -203,7 +202,7 @@ def test_the_gradient_does_not_depend_on_order_or_split(tiny, folder):
     """The divisor is the token count of the whole batch: three groups in any order, or each alone
     scaled to that count, give one gradient."""
     model, codec = tiny
-    reference = Qwen3VLForConditionalGeneration.from_pretrained(folder).eval()
+    reference = load_again(folder)
     reference.lm_head.weight.data.mul_(1.1)                                             # so that the KL matters
     groups = groups_of(model, codec)
     advantages = group_advantages(torch.tensor([[1.0, 0, 0, 0], [0, 1, 1, 0], [3, 2, 1, 0]]))
@@ -244,7 +243,7 @@ def groups_of(model, codec, seed=0):
 
 
 def load_again(folder):
-    return Qwen3VLForConditionalGeneration.from_pretrained(folder).eval()
+    return load(folder, 64 * 64)[0]
 
 
 def test_the_kl_pulls_back_to_the_reference(tiny, folder):
