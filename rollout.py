@@ -274,23 +274,17 @@ def _sample_chunk(model, codec, prompts, group, greedy, max_tokens, generator):
     slots = torch.arange(count, device=device).view(-1, group)                   # (Q, S) which response; count = none
     owner = torch.where(real, -1, -2)                                            # (Q, columns) -1 prompt, -2 padding
 
-    ids = torch.zeros(count + 1, max_tokens, dtype=torch.long, device=device)    # (QG + 1, R) the last row is for `none`
+    ids = torch.full((count + 1, max_tokens), -1, device=device)                 # (QG + 1, R) the last row is for `none`
     logps = torch.zeros(count + 1, max_tokens, device=device)
-    lengths = torch.zeros(count + 1, dtype=torch.long, device=device)
-    ended = torch.zeros(count + 1, dtype=torch.bool, device=device)
     banned, stops = codec.banned.to(device), codec.stop_ids.to(device)
     for step in range(max_tokens):
         scores = logits.float().index_fill(-1, banned, float("-inf")).log_softmax(-1)  # (Q, S, V)
-        if greedy:
-            token = scores.argmax(-1)                                            # (Q, S)
-        else:
-            token = torch.multinomial(scores.exp().flatten(0, 1), 1, generator=generator).view(slots.shape)
+        token = (scores.argmax(-1) if greedy else                                # (Q, S)
+                 torch.multinomial(scores.exp().flatten(0, 1), 1, generator=generator).view(slots.shape))
         ids[slots, step] = token
         logps[slots, step] = scores.gather(-1, token[..., None])[..., 0]
-        lengths[slots] = step + 1
         done = torch.isin(token, stops)
         if done.any():  # finished responses leave: S shrinks to the longest row, empty rows go with their cache
-            ended[slots[done]] = True
             slots, order = slots.masked_fill(done, count).sort(dim=1)            # the ones that go on come first
             going = (slots < count).sum(dim=1)                                   # (Q,)
             if not going.any():
@@ -308,7 +302,8 @@ def _sample_chunk(model, codec, prompts, group, greedy, max_tokens, generator):
                        position_ids=(position + step)[None, :, None].expand(3, -1, slots.shape[1]),
                        past_key_values=cache, use_cache=True).logits             # (Q, S, V)
 
-    ids, logps, lengths, ended = ids.cpu(), logps.cpu(), lengths.tolist(), ended.tolist()
+    lengths, ended = (ids >= 0).sum(dim=1).tolist(), torch.isin(ids, stops).any(dim=1).tolist()
+    ids, logps = ids.cpu(), logps.cpu()
     completions = [Completion(ids[i, :n].clone(), logps[i, :n].clone(), ended[i], codec.decode(ids[i, :n]))
                    for i, n in enumerate(lengths[:count])]
     return [Group(p, completions[i * group:(i + 1) * group]) for i, p in enumerate(prompts)]
@@ -329,15 +324,14 @@ def prefill(model, prompts):
     caches, logits, real, position = zip(*parts)
     for layers in zip(*(cache.layers for cache in caches)) if len(parts) > 1 else ():  # one by one: never two caches
         for name in ("keys", "values"):
-            tensors = [vars(layer).pop(name) for layer in layers]                # (rows, KV heads, P, d) each
-            padded = [F.pad(t, (0, 0, longest - t.shape[2], 0)) for t in tensors]
-            setattr(layers[0], name, torch.cat(padded))                          # (Q, KV heads, P, d)
+            parts = [vars(layer).pop(name) for layer in layers]                  # (rows, KV heads, P, d) each
+            setattr(layers[0], name, torch.cat([F.pad(t, (0, 0, longest - t.shape[2], 0)) for t in parts]))
     return caches[0], torch.cat(logits), torch.cat(real), torch.cat(position)
 
 
 class GrowingLayer(DynamicLayer):
     """A cache layer with spare columns ahead. The library's own copies the whole cache at every token."""
-    room = None
+    room = None  # keys and values with those columns
 
     def update(self, key_states, value_states, *args, **kwargs):
         start, stop = self.get_seq_length(), self.get_seq_length() + key_states.shape[2]

@@ -1,13 +1,16 @@
 """grpo.py against hand-computed numbers, one-by-one forwards of the library, and torch's own AdamW."""
 
+import json
 import math
 
+import bench
 import pytest
 import torch
 from conftest import prompts_of
 from transformers import Qwen3VLForConditionalGeneration
 
-from grpo import MasterAdamW, group_advantages, grpo_loss, k3, pack, response_logprobs, update_batch
+from grpo import MasterAdamW, estimate_memory, group_advantages, grpo_loss, k3, pack, response_logprobs, update_batch
+from p2r_min import Settings
 from rollout import load, sample
 
 
@@ -311,3 +314,30 @@ def test_reset_forgets_the_moments_and_keeps_the_weights():
     assert len(optimizer.adam.state) == 2
     optimizer.reset()
     assert len(optimizer.adam.state) == 0 and torch.equal(model.weight, moved)
+
+
+# --- memory
+
+
+def test_the_estimate_of_memory_against_sums_done_by_hand():
+    """Qwen3-VL-2B at the paper's settings, in GiB. Parameters: 7.926 as float32, so policy and frozen copy (bf16) 7.926, masters
+    7.926, moments 15.852. Cache: 112 KiB a token, 8 questions of 4 * 2048 + 300 + 8 * 2048 tokens, 21.256. A layer at work in
+    prefill: 16,384 * 147,456 bytes, 2.25. Update: gradients 7.926; layer inputs 2.657 (language) and 1.5 (vision); a layer with
+    gradients 6.832; logits 0.869."""
+    with torch.device("meta"):
+        model = Qwen3VLForConditionalGeneration._from_config(bench.full_config(), dtype=torch.bfloat16)
+    assert model.num_parameters() == 2_127_532_032
+    gib = estimate_memory(model, Settings())
+    assert gib["sampling"] == pytest.approx(7.926 + 7.926 + 15.852 + 21.256 + 2.25, abs=0.01)
+    assert gib["updating"] == pytest.approx(7.926 + 7.926 + 15.852 + 7.926 + 2.657 + 1.5 + 6.832 + 0.869, abs=0.01)
+    assert estimate_memory(model, Settings(rollout_batch=4))["sampling"] < gib["sampling"]
+    assert estimate_memory(model, Settings(max_pixels=2**20))["updating"] < gib["updating"]
+
+
+def test_the_bench_writes_its_figures(tmp_path):
+    bench.main(["--rows", "update", "--tiny", "--repeats", "1", "--json", str(tmp_path / "bench.json")])
+    row, = json.loads((tmp_path / "bench.json").read_text())
+    assert row["row"] == "update" and row["shape"] == [100, 6, 3]
+    assert all(row[key] > 0 for key in ("ours_s", "theirs_s", "ratio")) and {"ours_gib", "theirs_gib"} <= set(row)
+    assert row["max_logprob_diff"] < 1e-4 and row["max_gradient_diff"] < 1e-3
+    assert row["our_tokens"] == 100 + 3 * 6 and row["their_tokens"] == 3 * (100 + 6)
