@@ -68,15 +68,12 @@ def small_config():
         image_token_id=8, video_token_id=9, vision_start_token_id=6, vision_end_token_id=7, tie_word_embeddings=True)
 
 
-def build(config, dtype=None):
+def build(config):
     """A random model on DEVICE, checkpointing as in training: float32 on a CPU, bf16 on a GPU."""
     torch.manual_seed(0)
-    torch.set_default_dtype(dtype or (torch.float32 if DEVICE == "cpu" else torch.bfloat16))
-    try:
-        with torch.device(DEVICE):
-            model = Qwen3VLForConditionalGeneration._from_config(config, attn_implementation=GROUP)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    with torch.device(DEVICE):
+        model = Qwen3VLForConditionalGeneration._from_config(
+            config, dtype=torch.float32 if DEVICE == "cpu" else torch.bfloat16, attn_implementation=GROUP)
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
     return model.eval()
