@@ -12,6 +12,7 @@ Every row is a ratio, theirs over ours, of medians taken in turn in one process 
     evaluation  questions in p2r mode: batched against one `model.generate` after another
     step        a whole GRPO step against TRL's GRPOTrainer, where TRL is installed
     scaling     a step as Q, G, P and R double, one at a time
+    phases      (--gpu) perception() and reasoning() at full size, with injected boxes and rewards and forced lengths
 
 Shapes are [P, R, G]: prompt tokens, response tokens, samples a group. GiB is what a run adds to what
 was there before it (weights, optimizer). Values do not matter to speed, so all weights are random.
@@ -368,7 +369,7 @@ def row_scaling(args):
 
 
 def codec_for(folder, config, max_pixels):
-    """A model folder's files around `config`: the toy's tokenizer, patches of 16 pixels. -> (config, folder)"""
+    """Writes the files a Codec reads: the toy's tokenizer, patches of 16 pixels. -> `config` with that tokenizer's special ids"""
     toy.build_model(folder)
     file = folder / "preprocessor_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | dict(patch_size=16, size=dict(shortest_edge=4096, longest_edge=max_pixels))))
@@ -529,10 +530,10 @@ def row_phases(args):
     for phase, collect in tqdm(p2r_min.PHASES.items(), "phases"):
         R = s.perceive_tokens if phase == "perception" else s.reason_tokens
         generator = torch.Generator(DEVICE).manual_seed(0)
-        all_rollouts, added, rollouts = timed(lambda: collect(play, batch, s, generator))
+        all_rollouts, _, rollouts = timed(lambda: collect(play, batch, s, generator))
         rollout_peak = peak_now()
         prompts = [g.prompt for g in rollouts.groups]
-        updating, more, _ = timed(lambda: grpo.update_batch(
+        updating, _, _ = timed(lambda: grpo.update_batch(
             model, frozen, optimizer, rollouts.groups, grpo.group_advantages(rollouts.rewards), banned=codec.banned, kl=s.kl,
             clip=s.clip, max_norm=s.max_grad_norm))
         update_peak = peak_now()
@@ -588,7 +589,7 @@ def print_table(rows):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rows", help=f"which rows, of {','.join(ROWS)},phases; default: all but phases; with --gpu: update,rollout,phases")
+    parser.add_argument("--rows", help=f"which rows, of {','.join(ROWS)},phases; default: all but phases; with --gpu: phases,update,rollout")
     parser.add_argument("--json", type=Path, help="file for the figures, written anew after every row")
     parser.add_argument("--repeats", type=int, default=3, help="measured runs of each side, after one to warm up")
     parser.add_argument("--shape", action="append", metavar="P,R,G", help="of the rows update and rollout, instead of theirs; may be repeated")
@@ -600,7 +601,7 @@ def main(arguments=None):
     global clock
     clock = time.process_time if args.cpu_seconds and not args.gpu else time.perf_counter
     rows_of = ROWS | {"phases": row_phases}
-    names = (args.rows or ("update,rollout,phases" if args.gpu else ",".join(ROWS))).split(",")
+    names = (args.rows or ("phases,update,rollout" if args.gpu else ",".join(ROWS))).split(",")
     if unknown := set(names) - set(rows_of):
         parser.error(f"there is no row {', '.join(sorted(unknown))}; choose from {', '.join(rows_of)}")
     transformers.logging.set_verbosity_error()
