@@ -169,13 +169,13 @@ def measuring():
     yield seconds, None if peak is None else max(0.0, peak - before)
 
 
-def versus(name, ours, theirs, repeats, warmup=1):
+def versus(name, ours, theirs, args):
     """Runs the two in turn. -> (a row's figures, our last result, their last result)."""
     times, peaks, results = ([], []), ([], []), [None, None]
-    for i in tqdm(range(warmup + repeats), name, leave=False):
+    for i in tqdm(range(args.warmup + args.repeats), name, leave=False):
         for side, run in enumerate((ours, theirs)):
             seconds, gib, results[side] = timed(run)
-            if i >= warmup:
+            if i >= args.warmup:
                 times[side].append(seconds), peaks[side].append(gib)
     mine, other = (statistics.median(t) for t in times)
     gib = [max(p) if None not in p else None for p in peaks]
@@ -224,7 +224,7 @@ def row_update(args):
             model.train()
             return backward(model, padded_logprobs(model, prompt, texts, codec.banned), weights)
 
-        figures, (mine, my_grads), (other, their_grads) = versus(f"update {P} {R} {G}", ours, theirs, args.repeats)
+        figures, (mine, my_grads), (other, their_grads) = versus(f"update {P} {R} {G}", ours, theirs, args)
         gap = max(((a - b).norm() / b.norm().clamp_min(1e-12)).item() for a, b in zip(my_grads, their_grads))
         yield dict(row="update", shape=[P, R, G], **figures, max_logprob_diff=(mine - other).abs().max().item(),
                    max_gradient_diff=gap, our_tokens=P + G * R, their_tokens=G * (P + R))
@@ -260,7 +260,7 @@ def row_rollout(args):
             return next(iter(rollout.sample(model, codec, [prompt], group=G, max_tokens=R, batch=1, generator=generator)))
 
         figures, group, ids = versus(f"rollout {P} {R} {G}", ours, lambda: generate(model, [prompt], R, num_return_sequences=G),
-                                     args.repeats)
+                                     args)
         assert ids.shape == (G, R) and all(len(c.ids) == R for c in group.completions)
         with torch.no_grad():  # the sampler's log-probs against those of separate, padded rows
             logp = padded_logprobs(model, prompt, [c.ids for c in group.completions], codec.banned).cpu()
@@ -298,8 +298,8 @@ def row_partner(args):
         return run
 
     every = lambda q, parsed: (q, id(parsed))  # noqa: E731: each rollout is evidence of its own
-    figures, ours, theirs = versus("partner", step(distinct), step(every), args.repeats)
-    mine, other = (statistics.median(partner[key][1:]) for key in (distinct, every))  # the partner's part of the step
+    figures, ours, theirs = versus("partner", step(distinct), step(every), args)
+    mine, other = (statistics.median(partner[key][args.warmup:]) for key in (distinct, every))  # the partner's part of the step
     assert torch.equal(ours.rewards, theirs.rewards), "asking once must not change a reward"
     yield dict(row="partner", shape=mean_shape(lengths, s.group), **figures | dict(ours_s=mine, theirs_s=other, ratio=other / mine),
                max_logprob_diff=None, our_calls=ours.partner_calls, their_calls=theirs.partner_calls)
@@ -334,7 +334,7 @@ def row_evaluation(args):
             answers.append(codec.decode(ids))
         return answers
 
-    figures, mine, other = versus("evaluation", ours, theirs, args.repeats)
+    figures, mine, other = versus("evaluation", ours, theirs, args)
     yield dict(row="evaluation", shape=mean_shape(lengths, 1), **figures, max_logprob_diff=None,
                same_answers=sum(c.text == text for c, text in zip(mine, other)) / len(other),
                questions_per_s=len(examples) / figures["ours_s"], their_questions_per_s=len(examples) / figures["theirs_s"])
@@ -354,11 +354,11 @@ def row_scaling(args):
     base = dict(zip("QPRG", (2, 100, 6, 3) if args.tiny else BASE))
     runs = {"base": base} | {f"2{name}": base | {name: 2 * base[name]} for name in base}
     seconds, gib = {name: [] for name in runs}, {name: [] for name in runs}
-    for i in tqdm(range(args.repeats + 1), "scaling", leave=False):
+    for i in tqdm(range(args.warmup + args.repeats), "scaling", leave=False):
         for name, c in runs.items():
             prompts = [make_prompt(model, c["P"], seed) for seed in range(c["Q"])]
             took, added, _ = timed(lambda: one_step(model, frozen, optimizer, codec, prompts, c["R"], c["G"]))
-            if i:
+            if i >= args.warmup:
                 seconds[name].append(took), gib[name].append(added)
     for name, c in runs.items():
         time_, base_time = statistics.median(seconds[name]), statistics.median(seconds["base"])
@@ -422,11 +422,11 @@ def row_step(args):
         settings = GRPOConfig(
             output_dir=str(folder / "trl"), per_device_train_batch_size=G, gradient_accumulation_steps=Q, num_generations=G,
             max_completion_length=R, beta=0.01, epsilon=0.2, temperature=1.0, top_p=1.0, top_k=0, loss_type="dapo", learning_rate=1e-6,
-            lr_scheduler_type="constant", weight_decay=0.01, max_grad_norm=1.0, gradient_checkpointing=True, max_steps=args.repeats + 1,
+            lr_scheduler_type="constant", weight_decay=0.01, max_grad_norm=1.0, gradient_checkpointing=True, max_steps=args.warmup + args.repeats,
             generation_kwargs=dict(min_new_tokens=R), bf16=DEVICE == "cuda", use_cpu=DEVICE == "cpu", save_strategy="no", report_to=[],
             disable_tqdm=True, logging_steps=10**6, seed=0)
         times, peaks, lengths = ([], []), ([], []), []
-        bar = tqdm(total=args.repeats + 1, desc="step", leave=False)
+        bar = tqdm(total=args.warmup + args.repeats, desc="step", leave=False)
 
         class Watch(transformers.TrainerCallback):
             """Times each of TRL's steps, and one of ours after it."""
@@ -450,8 +450,8 @@ def row_step(args):
                               train_dataset=Dataset.from_list([dict(prompt=prompt, image=image) for image in images]))
         trainer.train()
         bar.close()
-    mine, other = (statistics.median(t[1:]) for t in times)
-    gib = [max(p[1:]) if None not in p else None for p in peaks]
+    mine, other = (statistics.median(t[args.warmup:]) for t in times)
+    gib = [max(p[args.warmup:]) if None not in p else None for p in peaks]
     yield dict(row="step", shape=[lengths[0], R, G], ours_s=mine, theirs_s=other, ratio=other / mine, ours_gib=gib[0], theirs_gib=gib[1],
                max_logprob_diff=None, questions=Q, theirs=f"TRL {trl.__version__}")
 
@@ -591,7 +591,8 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", help=f"which rows, of {','.join(ROWS)},phases; default: all but phases; with --gpu: phases,update,rollout")
     parser.add_argument("--json", type=Path, help="file for the figures, written anew after every row")
-    parser.add_argument("--repeats", type=int, default=3, help="measured runs of each side, after one to warm up")
+    parser.add_argument("--repeats", type=int, default=3, help="measured runs of each side")
+    parser.add_argument("--warmup", type=int, default=1, help="runs of each side before those")
     parser.add_argument("--shape", action="append", metavar="P,R,G", help="of the rows update and rollout, instead of theirs; may be repeated")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, to try the code itself in seconds")
     parser.add_argument("--gpu", action="store_true", help="the 2B model and the paper's budgets; without a GPU small sizes, same code")
