@@ -553,7 +553,7 @@ def row_phases(args):
                    rollout_gib=rollout_peak, update_gib=update_peak, estimate_gib=max(grpo.estimate_memory(model, s).values()),
                    rollout_s_per_question=sampling / s.questions, partner_s_per_question=rollouts.seconds_partner / s.questions,
                    update_s_per_question=updating / s.questions, prefill_s=preparing,
-                   decode_tokens_per_s=tokens / max(1e-9, sampling - preparing), decode_bound_tokens_per_s=bound,
+                   decode_tokens_per_s=tokens / (sampling - preparing) if sampling > preparing else None, decode_bound_tokens_per_s=bound,
                    update_tflop=work / 1e12, update_mfu=work / updating / peak_flops if peak_flops else None)
 
 
