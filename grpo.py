@@ -222,7 +222,8 @@ def estimate_memory(model, s):
     columns = max(max(s.rollout_batch * (p + s.group * r), s.partner_batch * (p + r)) for p, r in zip(P, R))
     cache = columns * 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * w
     # A layer at work: per token the MLP's three inner tensors and some ten of the hidden size; likewise per patch.
-    layer = max(3 * c.intermediate_size + 10 * c.hidden_size, (2 * v.intermediate_size + 10 * v.hidden_size) * v.spatial_merge_size**2) * w
+    layer = w * max(3 * c.intermediate_size + 10 * c.hidden_size,
+                    (2 * v.intermediate_size + 10 * v.hidden_size) * v.spatial_merge_size**2)
     # The update: float32 gradients, every layer's input, one layer recomputed with its gradients, three chunks of logits.
     L = P[1] + s.group * R[1]
     inputs = (L * c.hidden_size * c.num_hidden_layers + (1 + MAX_CROPS) * patches * v.hidden_size * v.depth) * w

@@ -223,7 +223,8 @@ def train(s, read_boxes=parse_boxes, score=evaluation.score):
         write_json(run / "eval.json", report)
     step, total = 0, s.iterations * len(PHASES) * s.steps
     if policy.num_parameters() > 1e8:
-        print("memory, estimated: " + ", ".join(f"{gib:.0f} GiB {doing}" for doing, gib in grpo.estimate_memory(policy, s).items()))
+        parts = grpo.estimate_memory(policy, s).items()
+        print("estimated peak memory: " + ", ".join(f"{gib:.0f} GiB {doing}" for doing, gib in parts))
     bar = tqdm(total=total, unit="step")
     for iteration in range(1, s.iterations + 1):
         for phase, collect in PHASES.items():
@@ -249,7 +250,8 @@ def train(s, read_boxes=parse_boxes, score=evaluation.score):
                 metrics["tokens_per_s"] = metrics["tokens"] / metrics["seconds_rollout"]
                 log(run, metrics)
                 if step == 1 and policy.num_parameters() > 1e8:
-                    tqdm.write(f"time left, estimated from one step: {(total - 1) * (time.perf_counter() - start) / 3600:.1f} hours")
+                    hours = (total - 1) * (time.perf_counter() - start) / 3600
+                    tqdm.write(f"time left, estimated from the first step: {hours:.1f} hours")
                 if s.sample_every and (step == 1 or step % s.sample_every == 0):
                     save_sample(run, step, phase, *rollouts.shown)
                 bar.set_postfix(reward=f"{metrics['reward_mean']:.2f}", kl=f"{metrics['kl']:.3f}")

@@ -47,7 +47,8 @@ def out_of_memory(doing, flag):
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
-        raise InputError(f"the GPU's memory ran out while {doing}: halve {flag} (after that --max-pixels, then --reason-tokens)") from error
+        raise InputError(f"the GPU's memory ran out while {doing}: halve {flag} "
+                         f"(after that --max-pixels, then --reason-tokens)") from error
 
 
 # ---------------------------------------------------------------------------------------------
