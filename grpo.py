@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch.utils.checkpoint import checkpoint
 
-from rollout import InputError
+from rollout import MAX_CROPS, PREFILL, InputError, out_of_memory
 
 # ---------------------------------------------------------------------------------------------
 # The algorithm: pure functions
@@ -81,7 +81,7 @@ class Row:
     """A prompt and its G responses as one sequence of length L = P + T."""
     ids: torch.Tensor        # (1, L)
     positions: torch.Tensor  # (3, 1, L) every response restarts right after the prompt
-    mask: torch.Tensor       # (1, 1, L, L) True where a token may look
+    layout: torch.Tensor     # (1, 1, 1, 1 + G) on the CPU: P, then R of each response; see rollout.group_attention
     pixels: torch.Tensor     # (patches, ...)
     grids: torch.Tensor      # (images, 3)
     predictors: torch.Tensor  # (T,) where in the row each response token is predicted
@@ -98,21 +98,13 @@ def pack(prompt, responses, device="cpu"):
     if not lengths or min(lengths) == 0:
         raise InputError(f"cannot train on responses of lengths {lengths}: each needs at least one token")
     P, targets = len(prompt.ids), torch.cat(list(responses))                    # (T,)
-    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))  # (T,) which response
     offset = torch.cat([torch.arange(n) for n in lengths])                      # (T,) 0 .. R-1 inside it
     positions = torch.cat([prompt.positions, (prompt.positions.max() + 1 + offset).expand(3, -1)], dim=1)
     # The *last prompt token* predicts the first token of every response; then each predicts the next.
     predictors = torch.where(offset == 0, P - 1, P - 1 + torch.arange(len(targets)))  # (T,)
     return Row(torch.cat([prompt.ids, targets])[None].to(device), positions[:, None].to(device),
-               group_mask(P, owner.to(device)), prompt.pixels.to(device), prompt.grids.to(device),
+               torch.tensor([[[[P, *lengths]]]]), prompt.pixels.to(device), prompt.grids.to(device),
                predictors.to(device), targets.to(device), lengths)
-
-
-def group_mask(P, owner):
-    """(1, 1, L, L) bool: causal, and a response token sees no other response. owner: (T,)."""
-    group = torch.cat([owner.new_full((P,), -1), owner])                        # (L,) -1 = prompt
-    causal = torch.ones(len(group), len(group), dtype=torch.bool, device=owner.device).tril()
-    return (causal & ((group[None, :] == -1) | (group[None, :] == group[:, None])))[None, None]
 
 
 def response_logprobs(model, row, banned, chunk=512):
@@ -122,7 +114,7 @@ def response_logprobs(model, row, banned, chunk=512):
     `chunk` tokens at a time, in the forward and again in the backward pass: at T = 8192 and Qwen's
     vocabulary all of them would be 4.6 GiB. `banned` ids are excluded just as in sampling.
     """
-    hidden = model.model(input_ids=row.ids, position_ids=row.positions, attention_mask=row.mask,
+    hidden = model.model(input_ids=row.ids, position_ids=row.positions, attention_mask=row.layout,
                          pixel_values=row.pixels, image_grid_thw=row.grids, use_cache=False).last_hidden_state
     hidden = hidden[0, row.predictors]                                          # (T, hidden size)
     banned = banned.to(hidden.device)
@@ -235,6 +227,7 @@ def peak_gib(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**(30 if sys.platform == "darwin" else 20)  # bytes or KiB
 
 
+@out_of_memory("updating", "--max-pixels")
 def update_batch(policy, reference, optimizer, groups, advantages, *, banned, kl, clip, max_norm, updates=1):
     """The GRPO update on one batch: every group forward and backward, then one optimizer step.
 
@@ -276,3 +269,23 @@ def update_batch(policy, reference, optimizer, groups, advantages, *, banned, kl
             nonfinite = nonfinite or list(range(len(groups)))  # finite gradients whose norm is not
             break
     return sums | {"sampler_gap": gap / tokens, "nonfinite": nonfinite}
+
+
+def estimate_memory(model, s):
+    """Peak GiB on a GPU under settings `s`, as {"sampling": ..., "updating": ...}: arithmetic, not a measurement."""
+    c, v, w = model.config.text_config, model.config.vision_config, model.dtype.itemsize
+    n, patches = model.num_parameters(), s.max_pixels / v.patch_size**2         # of one image
+    static = n * (2 * w + 12)  # policy and frozen copy in the compute type; masters and two moments in float32
+    P = [images * patches / v.spatial_merge_size**2 + 300 for images in (1, 1 + MAX_CROPS)]  # both roles'; 300 for the text
+    R = [s.perceive_tokens, s.reason_tokens]
+    # A token's keys and values, for a prompt once and its G responses (policy) or for prompts of their own (partner).
+    columns = max(max(s.rollout_batch * (p + s.group * r), s.partner_batch * (p + r)) for p, r in zip(P, R))
+    cache = columns * 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * w
+    # A layer at work: per token the MLP's three inner tensors and some ten of the hidden size; likewise per patch.
+    layer = w * max(3 * c.intermediate_size + 10 * c.hidden_size,
+                    (2 * v.intermediate_size + 10 * v.hidden_size) * v.spatial_merge_size**2)
+    # The update: float32 gradients, every layer's input, one layer recomputed with its gradients, three chunks of logits.
+    L = P[1] + s.group * R[1]
+    inputs = (L * c.hidden_size * c.num_hidden_layers + (1 + MAX_CROPS) * patches * v.hidden_size * v.depth) * w
+    update = 4 * n + inputs + 2 * L * layer + 3 * 512 * c.vocab_size * 4
+    return {"sampling": (static + cache + max(PREFILL, P[1]) * layer) / 2**30, "updating": (static + update) / 2**30}

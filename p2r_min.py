@@ -100,15 +100,16 @@ class Settings:
     perceive_tokens: int = setting(1024, "limits", "longest Perceiver response")
     reason_tokens: int = setting(2048, "limits", "longest Reasoner response")
     text_tokens: int = setting(512, "limits", "room for a prompt's text, beside its images at full budget")
-    rollout_batch: int = setting(2, "limits", "questions sampled together, G rows each; partner and evaluation use as many "
-                                 "rows. At 2B a row's cache takes 112 KiB a token")
+    rollout_batch: int = setting(8, "limits", "questions sampled together, G responses each. At 2B the cache takes 112 KiB a "
+                                 "token: of each prompt once, and of each response")
+    partner_batch: int = setting(16, "limits", "prompts that the frozen partner, or evaluation, answers together")
 
     def check(self):
         """Raises InputError for the first setting that cannot work."""
         if self.group < 2:
             raise InputError(f"--group {self.group}: GRPO compares the samples of a group, so it needs at least 2")
         for name in ("iterations", "steps", "questions", "updates", "max_pixels", "perceive_tokens",
-                     "reason_tokens", "text_tokens", "rollout_batch", "lr", "clip", "max_grad_norm"):
+                     "reason_tokens", "text_tokens", "rollout_batch", "partner_batch", "lr", "clip", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} must be more than 0")
 
@@ -153,7 +154,7 @@ def perception(play, batch, s, generator):
     void = [[violation(p.boxes) or (s.strict_boxes and ", ".join(sorted(tricks(p)))) for p in row] for row in parsed]
     cases = {evidence(q, p): (batch[q], p.boxes) for q, row in enumerate(parsed) for p, why in zip(row, void[q]) if not why}
     answers = reason(play.frozen, play.codec, waiting(cases.values(), "frozen reasoner"), s.evidence, greedy=True,
-                     max_tokens=s.reason_tokens, batch=s.rollout_batch * s.group)
+                     max_tokens=s.reason_tokens, batch=s.partner_batch)
     texts = {key: group.completions[0] for key, group in zip(cases, answers)}
     scores = dict(zip(texts, play.grade([(c.text, batch[key[0]]) for key, c in texts.items()])))
     rewards = torch.tensor([[0.0 if why else scores[evidence(q, p)].reward for p, why in zip(row, void[q])]
@@ -176,7 +177,7 @@ def reasoning(play, batch, s, generator):
     start = time.perf_counter()
     new = [example for example in dict.fromkeys(batch) if example not in play.fixed]
     found = perceive(play.frozen, play.codec, waiting(new, "frozen perceiver"), greedy=True,
-                     max_tokens=s.perceive_tokens, batch=s.rollout_batch * s.group)
+                     max_tokens=s.perceive_tokens, batch=s.partner_batch)
     texts = [group.completions[0].text for group in found]  # all of them before any is kept: an image may fail
     play.fixed.update((example, (text, play.read_boxes(text))) for example, text in zip(new, texts))
     seconds = time.perf_counter() - start
@@ -225,7 +226,7 @@ def train(s, read_boxes=parse_boxes, score=evaluation.score, resume=False):
     total = s.iterations * len(PHASES) * s.steps
 
     how = evaluation.Protocol(evidence=s.evidence, max_pixels=s.max_pixels, perceive_tokens=s.perceive_tokens,
-                              reason_tokens=s.reason_tokens, penalty=1.0, batch=s.rollout_batch * s.group)
+                              reason_tokens=s.reason_tokens, penalty=1.0, batch=s.partner_batch)
 
     def measure():
         return evaluation.evaluate(policy, codec, held_out, how, judge)  # a model never grades itself here
@@ -243,6 +244,9 @@ def train(s, read_boxes=parse_boxes, score=evaluation.score, resume=False):
             fixed=fixed, report=report, bad_steps=bad_steps, random=checkpoint.random_state()))
 
     print(checkpoint.disk_use(run, policy))
+    real = policy.num_parameters() > 1e8
+    if real:
+        print("estimated peak memory: " + ", ".join(f"{gib:.0f} GiB {doing}" for doing, gib in grpo.estimate_memory(policy, s).items()))
     iteration, phase, end = 1, "perception", 0
     with checkpoint.kept(run, save) as asked_to_stop, tqdm(total=total, initial=step, unit="step") as bar:
         if held_out:
@@ -271,7 +275,7 @@ def train(s, read_boxes=parse_boxes, score=evaluation.score, resume=False):
                 start = time.perf_counter()
                 batch = draw(examples, step, s)
                 generator = torch.Generator(device).manual_seed(s.seed * 1_000_003 + step)
-                rollouts = PHASES[phase](play, batch, s, generator)
+                rollouts = PHASES[phase](play, batch, s, generator)  # ends, as the update does, by fetching results: the GPU is done
                 sampled = time.perf_counter()
                 update = grpo.update_batch(
                     policy, frozen, optimizer, rollouts.groups, grpo.group_advantages(rollouts.rewards),
@@ -285,6 +289,9 @@ def train(s, read_boxes=parse_boxes, score=evaluation.score, resume=False):
                            "peak_gib": grpo.peak_gib(device), "lr": s.lr}
                 metrics["tokens_per_s"] = metrics["tokens"] / metrics["seconds_rollout"]
                 checkpoint.append_json(run / "metrics.jsonl", metrics)
+                if real and bar.n == bar.initial:
+                    hours = (total - step) * (time.perf_counter() - start) / 3600
+                    tqdm.write(f"time left, estimated from the first step: {hours:.1f} hours")
                 if s.sample_every and (step == 1 or step % s.sample_every == 0):
                     checkpoint.save_sample(run, step, phase, *rollouts.shown)
                 bar.set_postfix(reward=f"{metrics['reward_mean']:.2f}", kl=f"{metrics['kl']:.3f}")

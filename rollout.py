@@ -13,6 +13,7 @@ Paper: arXiv 2607.01191. The two roles and their inputs are its inference pipeli
 the prompts is ours.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -21,20 +22,37 @@ import shutil
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import (AutoConfig, AutoTokenizer, DynamicCache, Qwen2VLImageProcessorPil, Qwen3VLForConditionalGeneration,
-                          RepetitionPenaltyLogitsProcessor)
+from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig, AutoTokenizer, Qwen2VLImageProcessorPil,
+                          Qwen3VLForConditionalGeneration, RepetitionPenaltyLogitsProcessor)
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from crop import MAX_CROPS, PLACEHOLDER, gather
 
 
 class InputError(ValueError):
     """Something a user can mend. The message is one sentence; the programs print it and exit with 2."""
+
+
+@contextlib.contextmanager
+def out_of_memory(doing, flag):
+    """Turns a GPU that is out of memory into an InputError that names the flag to halve."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise InputError(f"the GPU's memory ran out while {doing}: halve {flag} "
+                         f"(after that --max-pixels, then --reason-tokens)") from error
 
 
 # ---------------------------------------------------------------------------------------------
@@ -309,8 +327,9 @@ def load(folder, max_pixels, device="cpu", min_pixels=4096):
         if kind != "qwen3_vl":
             raise InputError(f"{folder} holds a {kind} model; this code knows Qwen3-VL only")
         # Safetensors only: pickled weights (.bin, .pt) could run code. They are never opened.
-        model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa",
-                                                                use_safetensors=True)
+        # (Vision layers attend image by image, without a mask: they need no attention of ours.)
+        model = Qwen3VLForConditionalGeneration.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, attn_implementation={"text_config": "group", "vision_config": "sdpa"})
         codec = Codec(folder, model, max_pixels, min_pixels)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         if isinstance(error, InputError):
@@ -351,60 +370,126 @@ def sample(model, codec, prompts, *, group=1, greedy=False, max_tokens, batch, g
         yield from _sample_chunk(model, codec, chunk, group, greedy, max_tokens, generator, penalty)
 
 
+@out_of_memory("sampling", "--rollout-batch and --partner-batch")
 @torch.no_grad()
 def _sample_chunk(model, codec, prompts, group, greedy, max_tokens, generator, penalty):
-    """One prefill per prompt, its cache repeated G times, then all rows decoded together."""
+    """One prefill a prompt, then all responses together. The G responses of a prompt share one row of the
+    cache: the prompt once, then one column a step for each response that goes on; the mask keeps them apart."""
     model.eval()  # in train mode activation checkpointing would drop the cache
-    device = model.device
-    inputs = collate(prompts, device)
-    cache = DynamicCache(config=model.config.get_text_config())
-    logits = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]  # (Q, V)
+    device, count = model.device, len(prompts) * group
+    cache, logits, real, position = prefill(model, prompts)                      # (Q, V), (Q, P), (Q,)
     if logits.isnan().any():
         raise InputError("the model's output is not a number for one of these prompts: its weights are damaged, or an image "
                          "overflows its number format")
-    cache.batch_repeat_interleave(group)
-    logits = logits.repeat_interleave(group, dim=0)                              # (QG, V)
-    mask = inputs["attention_mask"].repeat_interleave(group, dim=0)              # (QG, P)
-    position = (inputs["position_ids"].amax(dim=(0, 2)) + 1).repeat_interleave(group)  # (QG,)
+    logits = logits[:, None].expand(-1, group, -1)                               # (Q, S, V), S = G at first
+    slots = torch.arange(count, device=device).view(-1, group)                   # (Q, S) which response; count = none
+    owner = torch.where(real, -1, -2)                                            # (Q, columns) -1 prompt, -2 padding
 
-    count = len(prompts) * group
-    ids = torch.zeros(count, max_tokens, dtype=torch.long, device=device)        # (QG, R)
-    logps = torch.zeros(count, max_tokens, device=device)                        # (QG, R)
-    lengths = torch.zeros(count, dtype=torch.long, device=device)
-    ended = torch.zeros(count, dtype=torch.bool, device=device)
+    ids = torch.full((count + 1, max_tokens), -1, device=device)                 # (QG + 1, R) the last row is for `none`
+    logps = torch.zeros(count + 1, max_tokens, device=device)
     banned, stops = codec.banned.to(device), codec.stop_ids.to(device)
-    alive = torch.arange(count, device=device)  # which completion each decoded row belongs to
-    # What the penalty looks at. Padding counts as an image token, which is banned: it moves no score.
-    prompt_ids = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, codec.image_token_id)
-    history = prompt_ids.repeat_interleave(group, dim=0)                         # (QG, P)
-    penalise = RepetitionPenaltyLogitsProcessor(penalty) if penalty != 1 else None
+    penalise = penalty != 1 and RepetitionPenaltyLogitsProcessor(penalty)
+    if penalise:  # of the prompt's tokens, too. Padding counts as an image token, which is banned: it moves no score.
+        past = pad_sequence([p.ids for p in prompts], batch_first=True, padding_value=codec.image_token_id).to(device)
+        past = past[torch.arange(count + 1, device=device).clamp(max=count - 1) // group]  # (QG + 1, P)
     for step in range(max_tokens):
         if penalise:
-            logits = penalise(torch.cat([history[alive], ids[alive, :step]], dim=1), logits.float())
-        scores = logits.float().index_fill(-1, banned, float("-inf")).log_softmax(-1)  # (alive, V)
-        token = scores.argmax(-1) if greedy else torch.multinomial(scores.exp(), 1, generator=generator)[:, 0]
-        ids[alive, step] = token
-        logps[alive, step] = scores.gather(1, token[:, None])[:, 0]
-        lengths[alive] = step + 1
+            past_ids = torch.cat([past[slots], ids[slots, :step].clamp(min=0)], dim=-1).flatten(0, 1)  # (QS, P + step)
+            logits = penalise(past_ids, logits.flatten(0, 1).float()).view(logits.shape)
+        scores = logits.float().index_fill(-1, banned, float("-inf")).log_softmax(-1)  # (Q, S, V)
+        token = (scores.argmax(-1) if greedy else                                # (Q, S)
+                 torch.multinomial(scores.exp().flatten(0, 1), 1, generator=generator).view(slots.shape))
+        ids[slots, step] = token
+        logps[slots, step] = scores.gather(-1, token[..., None])[..., 0]
         done = torch.isin(token, stops)
-        if done.any():  # finished rows leave the batch and the cache
-            ended[alive[done]] = True
-            keep = (~done).nonzero()[:, 0]
-            if len(keep) == 0:
+        if done.any():  # finished responses leave: S shrinks to the longest row, empty rows go with their cache
+            slots, order = slots.masked_fill(done, count).sort(dim=1)            # the ones that go on come first
+            going = (slots < count).sum(dim=1)                                   # (Q,)
+            if not going.any():
                 break
-            alive, token, mask, position = alive[keep], token[keep], mask[keep], position[keep]
-            cache.batch_select_indices(keep)
+            keep, width = going.nonzero()[:, 0], going.max()
+            slots, token = slots[keep, :width], token.gather(1, order)[keep, :width]
+            if len(keep) < len(going):
+                owner, position = owner[keep], position[keep]
+                cache.batch_select_indices(keep)
         if step + 1 == max_tokens:
             break
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        logits = model(input_ids=token[:, None], attention_mask=mask,
-                       position_ids=(position + step)[None, :, None].expand(3, -1, 1),
-                       past_key_values=cache, use_cache=True).logits[:, -1]      # (alive, V)
+        owner = torch.cat([owner, slots], dim=1)
+        seen = (owner[:, None] == -1) | (owner[:, None] == slots[..., None])     # (Q, S, columns)
+        logits = model(input_ids=token, attention_mask=seen[:, None],
+                       position_ids=(position + step)[None, :, None].expand(3, -1, slots.shape[1]),
+                       past_key_values=cache, use_cache=True).logits             # (Q, S, V)
 
-    ids, logps, lengths, ended = ids.cpu(), logps.cpu(), lengths.tolist(), ended.tolist()
+    lengths, ended = (ids >= 0).sum(dim=1).tolist(), torch.isin(ids, stops).any(dim=1).tolist()
+    ids, logps = ids.cpu(), logps.cpu()
     completions = [Completion(ids[i, :n].clone(), logps[i, :n].clone(), ended[i], codec.decode(ids[i, :n]))
-                   for i, n in enumerate(lengths)]
+                   for i, n in enumerate(lengths[:count])]
     return [Group(p, completions[i * group:(i + 1) * group]) for i, p in enumerate(prompts)]
+
+
+PREFILL = 16_384  # prompt tokens in one forward at most (one prompt at least): bounds the memory it works in
+
+
+def prefill(model, prompts):
+    """Q prompts -> (cache of Q rows, next-token logits (Q, V), real (Q, P) False at padding, next position (Q,))."""
+    longest = max(len(p.ids) for p in prompts)
+    size, parts = max(1, PREFILL // longest), []
+    for i in range(0, len(prompts), size):
+        inputs, cache = collate(prompts[i:i + size], model.device), Cache(layer_class_to_replicate=GrowingLayer)
+        logits = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        real = F.pad(inputs["attention_mask"], (longest - inputs["attention_mask"].shape[1], 0)).bool()
+        parts.append((cache, logits, real, inputs["position_ids"].amax(dim=(0, 2)) + 1))
+    caches, logits, real, position = zip(*parts)
+    for layers in zip(*(cache.layers for cache in caches)) if len(parts) > 1 else ():  # one by one: never two caches
+        for name in ("keys", "values"):
+            parts = [vars(layer).pop(name) for layer in layers]                  # (rows, KV heads, P, d) each
+            setattr(layers[0], name, torch.cat([F.pad(t, (0, 0, longest - t.shape[2], 0)) for t in parts]))
+    return caches[0], torch.cat(logits), torch.cat(real), torch.cat(position)
+
+
+class GrowingLayer(DynamicLayer):
+    """A cache layer with spare columns ahead. The library's own copies the whole cache at every token."""
+    room = None  # keys and values with those columns
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        start, stop = self.get_seq_length(), self.get_seq_length() + key_states.shape[2]
+        if start == 0:
+            return super().update(key_states, value_states)
+        if self.room is None or self.room[0].shape[2] < stop or len(self.room[0]) != len(self.keys):
+            self.room = [F.pad(t, (0, 0, 0, stop - start + 255)) for t in (self.keys, self.values)]
+        for room, new in zip(self.room, (key_states, value_states)):
+            room[:, :, start:stop] = new
+        self.keys, self.values = (room[:, :, :stop] for room in self.room)       # (rows, KV heads, columns, d)
+        return self.keys, self.values
+
+
+def group_attention(module, query, key, value, mask, scaling, **more):
+    """Attention for G responses that share a prompt, in training and in sampling. Returns (B, L, heads, d), None.
+
+    query: (B, heads, L, d); key, value: (B, KV heads, columns, d). In training grpo.Row.layout comes in place of a mask
+    (the library hands 4-D masks through): the prompt is causal, each response sees the prompt and itself. A dense (L, L)
+    mask does the same (tests/test_grpo.py), but takes 0.6 GB at L = 25,000 and keeps SDPA off its flash kernel. In
+    sampling the heads that share a KV head become further queries of it, or the long cache would be copied for each.
+    """
+    if mask is not None and mask.dtype == torch.long:
+        P, *lengths = mask.flatten().tolist()
+        q, k, v = (t.split([P, *lengths], dim=2) for t in (query, key, value))
+        attend = partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=True)
+        parts = [attend(q[0], k[0], v[0], is_causal=True)]
+        for i, R in enumerate(lengths, start=1):
+            seen, values = torch.cat([k[0], k[i]], dim=2), torch.cat([v[0], v[i]], dim=2)  # (1, KV heads, P + R, d)
+            parts.append(attend(q[i], seen, values, causal_lower_right(R, P + R)))
+        return torch.cat(parts, dim=2).transpose(1, 2), None
+    if mask is not None and query.shape[2] < key.shape[2]:
+        folded = query.reshape(*key.shape[:2], -1, query.shape[3])              # (B, KV heads, heads / KV heads * L, d)
+        mask = mask.repeat(1, 1, folded.shape[2] // query.shape[2], 1)
+        output = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
+        return output.reshape(query.shape).transpose(1, 2), None
+    return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **more)
+
+
+AttentionInterface.register("group", group_attention)
+AttentionMaskInterface.register("group", sdpa_mask)  # the library's masks, where it makes one
 
 
 # ---------------------------------------------------------------------------------------------

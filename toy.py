@@ -146,7 +146,8 @@ def defaults():
 
     data = rollout.cached(f"toy-{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]}", fill)
     return dict(model=str(WARM_START), data=str(data / "train"), eval_data=str(data / "held_out"), steps=40, eval_every=40,
-                questions=16, lr=3e-4, max_pixels=BUDGET, perceive_tokens=48, reason_tokens=16, rollout_batch=16, judge="none")
+                questions=16, lr=3e-4, max_pixels=BUDGET, perceive_tokens=48, reason_tokens=16, rollout_batch=16,
+                partner_batch=128, judge="none")
 
 
 # ---------------------------------------------------------------------------------------------

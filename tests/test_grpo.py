@@ -1,14 +1,17 @@
 """grpo.py against hand-computed numbers, one-by-one forwards of the library, and torch's own AdamW."""
 
+import json
 import math
 
+import bench
 import pytest
 import torch
 from conftest import prompts_of
 from transformers import Qwen3VLForConditionalGeneration
 
-from grpo import MasterAdamW, group_advantages, grpo_loss, k3, pack, response_logprobs, update_batch
-from rollout import sample
+from grpo import MasterAdamW, estimate_memory, group_advantages, grpo_loss, k3, pack, response_logprobs, update_batch
+from p2r_min import Settings
+from rollout import load, sample
 
 
 def tensor(*values):
@@ -132,6 +135,31 @@ def test_the_packed_row_is_the_same_function_as_separate_forwards(tiny, crops, c
     assert not entropy.requires_grad
 
 
+def dense_mask(P, lengths):
+    """(1, 1, L, L) bool, the plain form of what group_attention does: causal, and no response sees another."""
+    owner = torch.tensor([-1] * P + [i for i, n in enumerate(lengths) for _ in range(n)])
+    causal = torch.ones(len(owner), len(owner), dtype=torch.bool).tril()
+    return (causal & ((owner[None, :] == -1) | (owner[None, :] == owner[:, None])))[None, None]
+
+
+@pytest.mark.parametrize("crops", [0, 1, 3])
+def test_attention_without_a_mask_equals_one_dense_mask(tiny, folder, crops):
+    """The library's own SDPA under an explicit (L, L) mask is the oracle, for log-probs and all gradients."""
+    model, codec = tiny
+    prompt, responses = prompts_of(codec)[{0: 0, 1: 1, 3: 2}[crops]], responses_of(model)
+    row, plain = pack(prompt, responses), Qwen3VLForConditionalGeneration.from_pretrained(folder, attn_implementation="sdpa")
+    hidden = plain.model(input_ids=row.ids, position_ids=row.positions, attention_mask=dense_mask(len(prompt.ids), row.lengths),
+                         pixel_values=row.pixels, image_grid_thw=row.grids, use_cache=False).last_hidden_state[0, row.predictors]
+    expected = plain.lm_head(hidden).index_fill(-1, codec.banned, float("-inf")).log_softmax(-1)[range(20), row.targets]
+    logp, _ = response_logprobs(model, row, codec.banned)
+    assert model.config.text_config._attn_implementation == "group" and torch.allclose(logp, expected, atol=1e-5)
+    weights = torch.randn(20, generator=torch.Generator().manual_seed(1))
+    for result in (logp, expected):
+        (result * weights).sum().backward()
+    for (name, p), oracle in zip(model.named_parameters(), plain.parameters()):
+        assert (p.grad - oracle.grad).norm() <= 1e-4 * oracle.grad.norm() + 1e-7, name
+
+
 def test_the_entropy_is_that_of_the_full_distribution(tiny):
     model, codec = tiny
     model.lm_head.weight.data.zero_()
@@ -178,7 +206,7 @@ def test_the_gradient_does_not_depend_on_order_or_split(tiny, folder):
     """The divisor is the token count of the whole batch: three groups in any order, or each alone
     scaled to that count, give one gradient."""
     model, codec = tiny
-    reference = Qwen3VLForConditionalGeneration.from_pretrained(folder).eval()
+    reference = load_again(folder)
     reference.lm_head.weight.data.mul_(1.1)                                             # so that the KL matters
     groups = groups_of(model, codec)
     advantages = group_advantages(torch.tensor([[1.0, 0, 0, 0], [0, 1, 1, 0], [3, 2, 1, 0]]))
@@ -219,7 +247,7 @@ def groups_of(model, codec, seed=0):
 
 
 def load_again(folder):
-    return Qwen3VLForConditionalGeneration.from_pretrained(folder).eval()
+    return load(folder, 64 * 64)[0]
 
 
 def test_the_kl_pulls_back_to_the_reference(tiny, folder):
@@ -287,3 +315,30 @@ def test_reset_forgets_the_moments_and_keeps_the_weights():
     assert len(optimizer.adam.state) == 2
     optimizer.reset()
     assert len(optimizer.adam.state) == 0 and torch.equal(model.weight, moved)
+
+
+# --- memory
+
+
+def test_the_estimate_of_memory_against_sums_done_by_hand():
+    """Qwen3-VL-2B at the paper's settings, in GiB. Parameters: 7.926 as float32, so policy and frozen copy (bf16) 7.926, masters
+    7.926, moments 15.852. Cache: 112 KiB a token, 8 questions of 4 * 2048 + 300 + 8 * 2048 tokens, 21.256. A layer at work in
+    prefill: 16,384 * 147,456 bytes, 2.25. Update: gradients 7.926; layer inputs 2.657 (language) and 1.5 (vision); a layer with
+    gradients 6.832; logits 0.869."""
+    with torch.device("meta"):
+        model = Qwen3VLForConditionalGeneration._from_config(bench.full_config(), dtype=torch.bfloat16)
+    assert model.num_parameters() == 2_127_532_032
+    gib = estimate_memory(model, Settings())
+    assert gib["sampling"] == pytest.approx(7.926 + 7.926 + 15.852 + 21.256 + 2.25, abs=0.01)
+    assert gib["updating"] == pytest.approx(7.926 + 7.926 + 15.852 + 7.926 + 2.657 + 1.5 + 6.832 + 0.869, abs=0.01)
+    assert estimate_memory(model, Settings(rollout_batch=4))["sampling"] < gib["sampling"]
+    assert estimate_memory(model, Settings(max_pixels=2**20))["updating"] < gib["updating"]
+
+
+def test_the_bench_writes_its_figures(tmp_path):
+    bench.main(["--rows", "update", "--tiny", "--repeats", "1", "--json", str(tmp_path / "bench.json")])
+    row, = json.loads((tmp_path / "bench.json").read_text())
+    assert row["row"] == "update" and row["shape"] == [100, 6, 3]
+    assert all(row[key] > 0 for key in ("ours_s", "theirs_s", "ratio")) and {"ours_gib", "theirs_gib"} <= set(row)
+    assert row["max_logprob_diff"] < 1e-4 and row["max_gradient_diff"] < 1e-3
+    assert row["our_tokens"] == 100 + 3 * 6 and row["their_tokens"] == 3 * (100 + 6)

@@ -217,3 +217,42 @@ def test_prompts_are_read_only_as_they_are_needed(tiny):
     groups = sample(model, codec, prompts(), greedy=True, max_tokens=1, batch=1)
     next(groups)
     assert len(made) == 1
+
+
+def test_prefill_in_pieces_is_prefill_at_once(tiny, monkeypatch):
+    """Three prompts of different lengths: one forward, or one each, padded together afterwards."""
+    model, codec = tiny
+    codec.stop_ids = torch.arange(0, model.config.text_config.vocab_size, 3)     # responses of many lengths
+    how = dict(group=4, max_tokens=9, batch=3)
+    whole = list(sample(model, codec, prompts_of(codec), generator=torch.Generator().manual_seed(0), **how))
+    calls, forward = [], type(model.model).forward
+    monkeypatch.setattr(type(model.model), "forward", lambda self, *a, **k: calls.append(k["input_ids"].shape) or forward(self, *a, **k))
+    monkeypatch.setattr(rollout, "PREFILL", 100)
+    pieces = list(sample(model, codec, prompts_of(codec), generator=torch.Generator().manual_seed(0), **how))
+    assert [shape[0] for shape in calls[:3]] == [1, 1, 1] and len({shape[1] for shape in calls[:3]}) == 3
+    for a, b in zip(whole, pieces):
+        for c, d in zip(a.completions, b.completions):
+            assert torch.equal(c.ids, d.ids) and c.ended == d.ended and torch.allclose(c.logps, d.logps, atol=1e-5)
+
+
+def test_a_group_shares_one_row_of_the_cache_and_finished_rows_leave_it(tiny, monkeypatch):
+    """Columns: the prompt once, then at every step one for each response of the longest row that goes on."""
+    model, codec = tiny
+    prompts, seen, forward = prompts_of(codec), [], type(model.model).forward
+    widest = max(len(p.ids) for p in prompts)
+    codec.stop_ids = torch.arange(0, model.config.text_config.vocab_size, 3)
+
+    def spied(self, *args, **kwargs):
+        out = forward(self, *args, **kwargs)
+        seen.append((tuple(kwargs["input_ids"].shape), tuple(out.past_key_values.layers[0].keys.shape)))
+        return out
+
+    monkeypatch.setattr(type(model.model), "forward", spied)
+    groups = list(sample(model, codec, prompts, group=4, max_tokens=9, batch=3, generator=torch.Generator().manual_seed(0)))
+    lengths = [[len(c.ids) for c in g.completions] for g in groups]
+    columns = widest
+    for step, (ids, keys) in enumerate(seen[1:], start=1):
+        going = [sum(n > step or (n == step and not c.ended) for n, c in zip(row, g.completions)) for row, g in zip(lengths, groups)]
+        columns += max(going)
+        assert ids == (sum(n > 0 for n in going), max(going)) and keys[0] == ids[0] and keys[2] == columns
+    assert len(seen) == max(map(max, lengths)) and seen[-1][0] != seen[1][0]

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -188,7 +190,51 @@ def test_data_is_shuffled_passes_that_depend_on_seed_and_step_only():
     assert len(draw(examples, 1, Settings(questions=4))) == 4                    # across the end of a pass
 
 
+def test_the_clocks_and_counters_are_true(folder, data, tmp_path, monkeypatch):
+    """By a clock that only moves in the three parts: 10 s for the policy's sampling, 3 for the partner, 5 for the update."""
+    clock, tokens = [0.0], []
+
+    def slow(name, seconds, module=p2r_min):
+        def spied(*args, _real=getattr(module, name), **how):
+            out = _real(*args, **how)
+            out = out if isinstance(out, dict) else list(out)
+            clock[0] += seconds(how)
+            if name == "update_batch":
+                tokens.append(sum(len(c.ids) for group in args[3] for c in group.completions))
+            return out
+        monkeypatch.setattr(module, name, spied)
+
+    for verb in ("perceive", "reason"):
+        slow(verb, lambda how: 3 if how.get("greedy") else 10)
+    slow("update_batch", lambda how: 5, p2r_min.grpo)
+    monkeypatch.setattr(p2r_min, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    cycle = Cycle()
+    run = train(small(folder, data, tmp_path / "run"), cycle.read_boxes, cycle.score)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+    assert [(m["seconds_rollout"], m["seconds_partner"], m["seconds_update"]) for m in lines] == [(10, 3, 5)] * 4
+    assert [m["tokens"] for m in lines] == tokens and [m["tokens_per_s"] for m in lines] == [n / 10 for n in tokens]
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux's own account of this process's peak, in KiB
+        peak = next(int(line.split()[1]) for line in status.open() if line.startswith("VmHWM"))
+        assert 0.9 * peak / 2**20 <= lines[-1]["peak_gib"] <= 1.5 * peak / 2**20
+
+
 # --- what a user may get wrong
+
+
+@pytest.mark.parametrize("where, flag", [("lm_head", "--rollout-batch"), ("mlp", "--max-pixels")])
+def test_a_gpu_out_of_memory_names_the_flag_to_halve(folder, data, tmp_path, capsys, monkeypatch, where, flag):
+    """The error is raised where the GPU would raise it: in the sampler's last layer, or in a layer under training."""
+    def forward(self, *args, _real=torch.nn.Linear.forward):
+        if (where == "lm_head" and not torch.is_grad_enabled()) or (where == "mlp" and torch.is_grad_enabled()):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return _real(self, *args)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", forward)
+    assert main(["--model", str(folder), "--data", str(data), "--max-pixels", "4096", "--out", str(tmp_path / "run"), "--steps", "1",
+                 "--questions", "1", "--perceive-tokens", "3", "--reason-tokens", "3"]) == 2
+    printed = capsys.readouterr().err
+    assert "memory ran out" in printed and f"halve {flag}" in printed and "Traceback" not in printed
 
 
 @pytest.mark.parametrize("flags, needle", [
