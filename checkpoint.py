@@ -166,7 +166,7 @@ def new_run_folder(s):
 
 
 # What --resume may change. config.json notes when; rollout_batch changes the draws, not what they are drawn from.
-MAY_CHANGE = {"lr", "weight_decay", "max_grad_norm", "iterations", "rollout_batch", "eval_every", "save_every", "sample_every", "images"}
+MAY_CHANGE = {"lr", "weight_decay", "max_grad_norm", "iterations", "rollout_batch", "partner_batch", "eval_every", "save_every", "sample_every", "images"}
 FIXED = {  # why it may not change any other setting, by the setting's group
     "what": "a run is one model on one set of questions",
     "schedule": "the phases and the order of the questions follow from it",
