@@ -15,7 +15,7 @@ one role is sampled and trained with GRPO while a frozen copy of the model plays
             reasoning:  frozen perceiver gives boxes; sample G answers;         reward = is it right
             update the model with GRPO on the sampled tokens
 
-Read in this order: p2r_min.py, rollout.py, crop.py, grpo.py, eval.py, toy.py; checkpoint.py when a run is lost.
+Read in this order: p2r_min.py, rollout.py, crop.py, grpo.py, eval.py, toy.py; grpo.py when a run is lost.
 
 Paper: arXiv 2607.01191. Where we depart from it or from the authors' code, and why:
  1. One process. The sampler, the frozen partner and the trainer share one GPU and take turns, so
@@ -35,7 +35,7 @@ Paper: arXiv 2607.01191. Where we depart from it or from the authors' code, and 
     where each phase is a launch of its own.
 10. Questions are drawn in shuffled passes over the data that run on across phases; the paper makes
     one pass a phase. At its sizes (10k questions, 156 steps of 64) that is the same to 0.2 %.
-11. Prompts that are too long, visual tokens counted, are refused before training (rollout.overlong; the
+11. Prompts that are too long, visual tokens counted, are refused before training (rollout.fitting; the
     authors filter them without counting images). Images below 4,096 px are scaled up to it in both roles.
 12. Accuracy is measured as training samples: same budget and limits, greedy, no repetition penalty.
     (The authors evaluate at 4,194,304 px with penalty 1.05 and 256 / 1024 tokens.)
@@ -56,11 +56,10 @@ import torch
 import transformers
 from tqdm import tqdm
 
-import checkpoint
 import eval as evaluation
 import grpo
 import toy
-from crop import parse_boxes, tricks, violation
+from crop import parse_boxes, picture, tricks, violation
 from eval import setting
 from rollout import REGIONS, InputError, find, fitting, load, perceive, reason, waiting
 
@@ -214,12 +213,12 @@ def train(s, read_boxes=parse_boxes, score=evaluation.score, resume=False):
     examples, held_out = (fitting(codec, some, s.text_tokens, max(s.perceive_tokens, s.reason_tokens), s.skip_bad)
                           for some in (examples, held_out))
     judge = evaluation.Judge.load(s.judge, device) if s.judge not in ("self", "none") else None
-    run = Path(s.out) if resume else checkpoint.new_run_folder(s)
+    run = Path(s.out) if resume else grpo.new_run_folder(s)
     # Activation checkpointing on language and vision layers; transformers renamed the switch in 5.2x.
     checkpointing = getattr(policy, "activation_checkpointing_enable", None) or policy.gradient_checkpointing_enable
     checkpointing({"use_reentrant": False})
     optimizer = grpo.MasterAdamW(policy, s.lr, weight_decay=s.weight_decay)
-    last, state = checkpoint.go_on(run, s, examples) if resume else (None, {})
+    last, state = grpo.go_on(run, s, examples) if resume else (None, {})
     step, report, bad_steps = state.get("step", 0), state.get("report", {}), state.get("bad_steps", 0)
     if last:
         optimizer.load_masters(last)
@@ -239,19 +238,19 @@ def train(s, read_boxes=parse_boxes, score=evaluation.score, resume=False):
             fixed = {place: play.fixed[example][0] for place, example in enumerate(examples) if example in play.fixed}
         else:
             del tensors["optimizer"]  # the next phase starts with a frozen copy, boxes and moments of its own
-        checkpoint.save(run, source, tensors, dict(
-            step=step, iteration=iteration, phase=phase, settings=dataclasses.asdict(s), data=checkpoint.data_key(examples),
-            fixed=fixed, report=report, bad_steps=bad_steps, random=checkpoint.random_state()))
+        grpo.save_checkpoint(run, source, tensors, dict(
+            step=step, iteration=iteration, phase=phase, settings=dataclasses.asdict(s), data=grpo.data_key(examples),
+            fixed=fixed, report=report, bad_steps=bad_steps, random=grpo.random_state()))
 
-    print(checkpoint.disk_use(run, policy))
+    print(grpo.disk_use(run, policy))
     real = policy.num_parameters() > 1e8
     if real:
         print("estimated peak memory: " + ", ".join(f"{gib:.0f} GiB {doing}" for doing, gib in grpo.estimate_memory(policy, s).items()))
     iteration, phase, end = 1, "perception", 0
-    with checkpoint.kept(run, save) as asked_to_stop, tqdm(total=total, initial=step, unit="step") as bar:
+    with grpo.kept(run, save) as asked_to_stop, tqdm(total=total, initial=step, unit="step") as bar:
         if held_out:
             report = report or {"before": measure(), "during": []}
-            checkpoint.write_json(run / "eval.json", report)
+            grpo.write_json(run / "eval.json", report)
         for iteration, phase in itertools.product(range(1, s.iterations + 1), PHASES):
             end += s.steps
             if step >= end:
@@ -271,7 +270,7 @@ def train(s, read_boxes=parse_boxes, score=evaluation.score, resume=False):
                 due = held_out and s.eval_every and step > 0 and step % s.eval_every == 0
                 if due and step not in [row["step"] for row in report["during"]]:
                     report["during"].append({"step": step, **measure()})
-                    checkpoint.write_json(run / "eval.json", report)
+                    grpo.write_json(run / "eval.json", report)
                 start = time.perf_counter()
                 batch = draw(examples, step, s)
                 generator = torch.Generator(device).manual_seed(s.seed * 1_000_003 + step)
@@ -288,12 +287,12 @@ def train(s, read_boxes=parse_boxes, score=evaluation.score, resume=False):
                            "seconds_partner": rollouts.seconds_partner, "seconds_update": time.perf_counter() - sampled,
                            "peak_gib": grpo.peak_gib(device), "lr": s.lr}
                 metrics["tokens_per_s"] = metrics["tokens"] / metrics["seconds_rollout"]
-                checkpoint.append_json(run / "metrics.jsonl", metrics)
+                grpo.append_json(run / "metrics.jsonl", metrics)
                 if real and bar.n == bar.initial:
                     hours = (total - step) * (time.perf_counter() - start) / 3600
                     tqdm.write(f"time left, estimated from the first step: {hours:.1f} hours")
                 if s.sample_every and (step == 1 or step % s.sample_every == 0):
-                    checkpoint.save_sample(run, step, phase, *rollouts.shown)
+                    save_sample(run, step, phase, *rollouts.shown)
                 bar.set_postfix(reward=f"{metrics['reward_mean']:.2f}", kl=f"{metrics['kl']:.3f}")
                 bar.update()
                 if bad:
@@ -307,9 +306,9 @@ def train(s, read_boxes=parse_boxes, score=evaluation.score, resume=False):
             del play, grade, frozen  # before the next copy is made
         if held_out:
             report["after"] = measure()
-            checkpoint.write_json(run / "eval.json", report)
-        checkpoint.save_model(policy, source, run / "final")
-        checkpoint.finish(run, step)
+            grpo.write_json(run / "eval.json", report)
+        grpo.save_model(policy, source, run / "final")
+        grpo.finish(run, step)
     if held_out:
         evaluation.print_report(report)
     print(f"run folder: {run} (metrics.jsonl, samples/, final/)")
@@ -352,20 +351,27 @@ def summary(rollouts):
     }
 
 
+def save_sample(run, step, phase, example, boxes, perceived, reasoned, reward):
+    texts = [("perceiver", perceived), ("reasoner", reasoned), ("truth", example.answer), ("reward", f"{reward:g}")]
+    page = picture(example.load_image(), boxes, example.question, [(title, str(text)) for title, text in texts])
+    (run / "samples").mkdir(exist_ok=True)
+    page.save(run / "samples" / f"{step:05d}-{phase}.png")
+
+
 def main(arguments=None):
     """The command line, made from Settings. Explicit flags win over the toy's values."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     evaluation.add_flags(parser, Settings)
     parser.add_argument("--resume", metavar="RUN",
-                        help="go on with this run folder; may come with --" + ", --".join(sorted(checkpoint.MAY_CHANGE)).replace("_", "-"))
+                        help="go on with this run folder; may come with --" + ", --".join(sorted(grpo.MAY_CHANGE)).replace("_", "-"))
     explicit = vars(parser.parse_args(arguments))
     resume = explicit.pop("resume")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        settings = (checkpoint.settings_of(resume, Settings, explicit) if resume else
+        settings = (grpo.settings_of(resume, Settings, explicit) if resume else
                     Settings(**((toy.defaults() if "model" not in explicit else {}) | explicit)))
-        if resume and checkpoint.finished(settings.out) == settings.iterations * len(PHASES) * settings.steps:
+        if resume and grpo.finished(settings.out) == settings.iterations * len(PHASES) * settings.steps:
             print(f"{resume} is finished: its weights are in {resume}/final (a larger --iterations would train it further)")
             return 0
         print("\n".join(f"{name:16} {value}" for name, value in dataclasses.asdict(settings).items()))

@@ -126,14 +126,15 @@ def direct_prompt(codec, image, question, answer_form):
     return codec.encode(DIRECT.format(question=question, form=FORMS[answer_form]), [image])
 
 
-def overlong(codec, examples, text_tokens, response_tokens):
-    """The examples whose prompts are too long: a list of (example, tokens, limit). No pixels are read.
+def fitting(codec, examples, text_tokens, response_tokens, skip=False):
+    """The examples whose prompts are not too long. The others are counted, the first ten listed: in a line that is printed
+    where `skip` leaves them out, else in an InputError. No pixels are read.
 
     With V = the pixel budget in visual tokens, the Perceiver's prompt has room for V + text_tokens, the Reasoner's (image
     and three crops) for 4 V + text_tokens, visual tokens counted (crops as V), and prompt + response for the model's positions.
     At the paper's budget V = 2048: the default of 512 gives its limits, 2560 and 8704.
     """
-    budget, found = codec.size["longest_edge"] // codec.token_side**2, {}
+    budget, long = codec.size["longest_edge"] // codec.token_side**2, {}
     for e in examples:
         reasoner = REASONER.format(regions=REGIONS["both"], question=e.question, form=FORMS[e.answer_form])
         for text, crops in ((PERCEIVER.format(question=e.question), 0), (reasoner, MAX_CROPS)):
@@ -141,21 +142,12 @@ def overlong(codec, examples, text_tokens, response_tokens):
             tokens = words + codec.visual_tokens(*e.size) + crops * (budget + 2)
             limit = min((1 + crops) * budget + text_tokens, codec.positions - response_tokens)
             if tokens > limit:
-                found[e] = tokens, limit
-    return [(e, *numbers) for e, numbers in found.items()]
-
-
-def fitting(codec, examples, text_tokens, response_tokens, skip=False):
-    """The examples without the overlong ones. Those are counted, the first ten listed: in a line that is printed where
-    `skip` leaves them out, else in an InputError."""
-    found = overlong(codec, examples, text_tokens, response_tokens)
-    if found:
-        names = ", ".join(f"{e.id} ({tokens} tokens, {limit} allowed)" for e, tokens, limit in found[:10])
-        told = f"{len(found)} of {len(examples)} questions make prompts that are too long: {names}{', ...' * (len(found) > 10)}"
-        if not skip or len(found) == len(examples):
+                long[e] = f"{e.id} ({tokens} tokens, {limit} allowed)"
+    if long:
+        told = f"{len(long)} of {len(examples)} questions make prompts that are too long: {', '.join([*long.values()][:10])}"
+        if not skip or len(long) == len(examples):
             raise InputError(f"{told}; shorten them, leave them out with --skip-bad, or raise --text-tokens")
         print(f"skipped: {told}")
-    long = {e for e, *_ in found}
     return [e for e in examples if e not in long]
 
 

@@ -331,7 +331,7 @@ def test_two_steps_a_phase_in_the_layout_of_the_real_model(tmp_path, monkeypatch
 
     monkeypatch.setattr(rollout.Codec, "encode", spied)
     cycle, s = Cycle(), Settings(model=str(source), data=str(tmp_path / "data.jsonl"), out=str(tmp_path / "run"), steps=2, questions=1,
-                                 group=3, lr=1e-4, max_pixels=16 * 1024, perceive_tokens=5, reason_tokens=5, sample_every=0)
+                                 group=3, lr=1e-4, max_pixels=16 * 1024, perceive_tokens=5, reason_tokens=5, sample_every=0, save_every=0)
     run = train(s, cycle.read_boxes, cycle.score)
     # Each perception step: the image for the policy, then 0, 1 and 3 crops for the partner. Then two
     # reasoning steps: the image for the partner, then 0 and 1 crops for the policy.
