@@ -145,7 +145,7 @@ def defaults():
         write_data(folder / "held_out", 300, "held-out")
 
     data = rollout.cached(f"toy-{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]}", fill)
-    return dict(model=str(WARM_START), data=str(data / "train"), eval_data=str(data / "held_out"), steps=40, eval_every=40,
+    return dict(model=str(WARM_START), data=str(data / "train"), eval_data=str(data / "held_out"), steps=50, eval_every=50,
                 questions=16, lr=3e-4, max_pixels=BUDGET, perceive_tokens=48, reason_tokens=16, rollout_batch=16,
                 partner_batch=128, judge="none")
 
