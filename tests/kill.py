@@ -1,6 +1,6 @@
 """Proof that a killed run comes back as if nothing had happened.
 
-    python tests/kill.py                  # 20 kills; some eight minutes on 2 cores
+    python tests/kill.py                  # 20 kills; some five minutes on 2 cores
     python tests/kill.py --kills 3
 
 Runs the toy once undisturbed: two iterations, 12 steps, a checkpoint every second one. Then, 20 times, runs it again,
