@@ -319,6 +319,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(folder, data, tm
 
 
 def test_a_second_ctrl_c_stops_at_once(folder, data, tmp_path):
+    started = signal.signal(signal.SIGINT, signal.default_int_handler)            # a shell's background jobs start deaf to it
     before = signal.getsignal(signal.SIGINT)
 
     def impatient(text, example):
@@ -329,8 +330,11 @@ def test_a_second_ctrl_c_stops_at_once(folder, data, tmp_path):
         time.sleep(5)
         raise AssertionError("went on")
 
-    with pytest.raises(KeyboardInterrupt):
-        train(settings(folder, data, tmp_path / "run", eval_data=""), boxes_from, impatient)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(settings(folder, data, tmp_path / "run", eval_data=""), boxes_from, impatient)
+    finally:
+        signal.signal(signal.SIGINT, started)
 
 
 # --- no invented rewards
