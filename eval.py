@@ -47,7 +47,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 import toy
-from crop import COLOURS, MAX_RATIO, Box, parse_boxes, picture, to_rect, to_rgb
+from crop import COLOURS, MAX_CROPS, MAX_RATIO, Box, parse_boxes, picture, to_rect, to_rgb
 from rollout import FORMS, REGIONS, InputError, cached, direct, find, load, perceive, reason
 
 LETTERS = "ABCDEF"
@@ -607,34 +607,37 @@ def ask(model, codec, examples, how, judge=None):
 
 
 def hits(boxes, example):
-    """Does the first predicted box contain the centre of the first true box?"""
-    true = example.boxes[0]
-    x, y = (true.x1 + true.x2) / 2, (true.y1 + true.y2) / 2
-    return bool(boxes) and boxes[0][0] <= x <= boxes[0][2] and boxes[0][1] <= y <= boxes[0][3]
+    """Is the centre of every true box inside one of the predicted boxes that are cropped?"""
+    centres = [((t.x1 + t.x2) / 2, (t.y1 + t.y2) / 2) for t in example.boxes]
+    return all(any(b[0] <= x <= b[2] and b[1] <= y <= b[3] for b in boxes[:MAX_CROPS]) for x, y in centres)
 
 
 def evaluate(model, codec, examples, how, judge=None):
     """Accuracy of one model in both roles, for training's report. Returns fractions, or None where not measurable:
 
     p2r     perceive, crop, reason: the method
-    hit     the first box contains the centre of the asked object (needs `boxes`)
+    hit     the boxes contain the centres of all true boxes (needs `boxes`)
     plain   reason on the plain image, without boxes: the baseline
     oracle  reason with the true boxes: what the Reasoner could do with a perfect Perceiver
     n       number of examples; unparsable, unanswered: shares of the p2r outputs
+    categories: {category: [p2r, plain]}
     """
     def run(mode, examples):
         records = ask(model, codec, examples, dataclasses.replace(how, mode=mode), judge)
         return list(tqdm(records, f"eval {mode}", total=len(examples), leave=False, unit="q"))
 
-    p2r = run("p2r", examples)
+    p2r, plain = run("p2r", examples), run("think", examples)
+    by_category = {c: [mean(r["reward"] for r in records if r["category"] == c) for records in (p2r, plain)]
+                   for c in sorted({e.category for e in examples})}
     return {
         "p2r": mean(r["reward"] for r in p2r),
         "hit": mean(hits(r["boxes"], e) for r, e in zip(p2r, examples) if e.boxes),
-        "plain": mean(r["reward"] for r in run("think", examples)),
+        "plain": mean(r["reward"] for r in plain),
         "oracle": mean(r["reward"] for r in run("oracle", [e for e in examples if e.boxes])),
         "n": len(examples),
         "unparsable": mean(not r["parsable"] for r in p2r),
         "unanswered": mean(not r["answered"] for r in p2r),
+        "categories": by_category,
     }
 
 
@@ -642,7 +645,7 @@ def print_report(report):
     """Print p2r_min's report as a small table: {"before": ..., "during": [...], "after": ...} of `evaluate` results."""
     rows = {"before": report["before"], **{f"step {r['step']}": r for r in report["during"]}, "after": report["after"]}
     print(f"\n{'held-out, n = ' + str(report['after']['n']):52}" + "".join(f"{name:>9}" for name in rows))
-    for name, text in (("p2r", "perceive, then reason"), ("hit", "first box contains the asked object's centre"),
+    for name, text in (("p2r", "perceive, then reason"), ("hit", "the boxes hold all that was asked about"),
                        ("plain", "reason on the plain image"), ("oracle", "reason with the true boxes")):
         cells = ("-" if row[name] is None else f"{row[name]:.3f}" for row in rows.values())
         print(f"{name:7}{text:45}" + "".join(f"{cell:>9}" for cell in cells))

@@ -17,28 +17,7 @@ one role is sampled and trained with GRPO while a frozen copy of the model plays
 
 Read in this order: p2r_min.py, rollout.py, crop.py, grpo.py, eval.py, toy.py; grpo.py when a run is lost.
 
-Paper: arXiv 2607.01191. Where we depart from it or from the authors' code, and why:
- 1. One process. The sampler, the frozen partner and the trainer share one GPU and take turns, so
-    there are no servers, no weight transfer, and the log-probs of sampler and trainer can be compared.
- 2. One frozen copy a phase is both partner and KL reference. (The authors serve the partner apart,
-    with the same weights.)
- 3. An answer without <answer> tags earns 0 in training as in evaluation. (The authors score the
-    whole text in training, and the model is then marked wrong in evaluation for the same habit.)
- 4. Prompts are worded by us, and are the same in training and in evaluation.
- 5. Vision tokens cannot be sampled; they would break the next forward. Neither are they scored.
- 6. Evidence reaches the partner as pixels, not through JPEG: what is trained is what was seen.
- 7. The frozen perceiver may write --perceive-tokens, as when it is trained (the authors: 2048).
- 8. Free-form answers in other words than the truth are settled by the frozen copy itself, asked for Yes or
-    No (the authors ask a separate verifier; --judge MODEL does). Option letters and numbers are read by
-    stricter rules (eval.py), boxes by a more patient one (crop.py).
- 9. Masters in float32 live on across phases; Adam's moments start fresh in each, as in the paper,
-    where each phase is a launch of its own.
-10. Questions are drawn in shuffled passes over the data that run on across phases; the paper makes
-    one pass a phase. At its sizes (10k questions, 156 steps of 64) that is the same to 0.2 %.
-11. Prompts that are too long, visual tokens counted, are refused before training (rollout.fitting; the
-    authors filter them without counting images). Images below 4,096 px are scaled up to it in both roles.
-12. Accuracy is measured as training samples: same budget and limits, greedy, no repetition penalty.
-    (The authors evaluate at 4,194,304 px with penalty 1.05 and 256 / 1024 tokens.)
+Paper: arXiv 2607.01191. Where we depart from it or from the authors' code, and why: README.md, "Departures".
 """
 
 import argparse
@@ -63,6 +42,14 @@ from crop import parse_boxes, picture, tricks, violation
 from eval import setting
 from rollout import REGIONS, InputError, find, fitting, load, perceive, reason, waiting
 
+SCHEDULES = {  # the phases of an iteration; each begins with a new frozen copy and new moments, and has --steps updates
+    "alternate": ("perception", "reasoning"),   # the paper
+    "joint": ("joint", "joint"),                # every update trains both roles
+    "perceiver": ("perception", "perception"),  # only this role is ever trained
+    "reasoner": ("reasoning", "reasoning"),
+    "think": ("thinking", "thinking"),          # no roles: think and answer on the plain image
+}
+
 
 @dataclass
 class Settings:
@@ -74,7 +61,9 @@ class Settings:
     skip_bad: bool = setting(False, "what", "leave bad rows of the data out, and count them, instead of stopping")
     out: str = setting("", "what", "run folder; default: the first free runs/NAME-1, -2, ...")
 
-    iterations: int = setting(1, "schedule", "times perception + reasoning")
+    schedule: str = setting("alternate", "schedule", "who is trained when: in turn (the paper), both in every update, one role alone, or "
+                            "no roles, on the plain image", tuple(SCHEDULES))
+    iterations: int = setting(1, "schedule", "times that the schedule's phases are run")
     steps: int = setting(156, "schedule", "optimizer steps a phase")
     questions: int = setting(64, "schedule", "questions a step (Q)")
     eval_every: int = setting(0, "schedule", "steps between measurements; 0: only before and after")
@@ -103,8 +92,15 @@ class Settings:
                                  "token: of each prompt once, and of each response")
     partner_batch: int = setting(16, "limits", "prompts that the frozen partner, or evaluation, answers together")
 
+    @property
+    def total(self):
+        """Optimizer steps of the whole run."""
+        return self.iterations * len(SCHEDULES[self.schedule]) * self.steps
+
     def check(self):
         """Raises InputError for the first setting that cannot work."""
+        if "joint" in SCHEDULES[self.schedule] and self.questions < 2:
+            raise InputError(f"--schedule {self.schedule} gives each role half of the questions, so --questions must be at least 2")
         if self.group < 2:
             raise InputError(f"--group {self.group}: GRPO compares the samples of a group, so it needs at least 2")
         for name in ("iterations", "steps", "questions", "updates", "max_pixels", "perceive_tokens",
@@ -171,13 +167,15 @@ def evidence(q, parsed):
     return q, tuple(box[:4] for box in parsed.boxes)
 
 
-def reasoning(play, batch, s, generator):
-    """The frozen copy perceives, once a question and phase; the policy reasons, G times; its answers pay."""
+def reasoning(play, batch, s, generator, plain=False):
+    """The frozen copy perceives, once a question and phase; the policy reasons, G times; its answers pay.
+    With `plain` nobody perceives."""
     start = time.perf_counter()
     new = [example for example in dict.fromkeys(batch) if example not in play.fixed]
-    found = perceive(play.frozen, play.codec, waiting(new, "frozen perceiver"), greedy=True,
-                     max_tokens=s.perceive_tokens, batch=s.partner_batch)
-    texts = [group.completions[0].text for group in found]  # all of them before any is kept: an image may fail
+    found = [] if plain else perceive(play.frozen, play.codec, waiting(new, "frozen perceiver"), greedy=True,
+                                      max_tokens=s.perceive_tokens, batch=s.partner_batch)
+    # All of them before any is kept: an image may fail.
+    texts = ["[]"] * len(new) if plain else [group.completions[0].text for group in found]
     play.fixed.update((example, (text, play.read_boxes(text))) for example, text in zip(new, texts))
     seconds = time.perf_counter() - start
     cases = [(example, play.fixed[example][1].boxes) for example in batch]
@@ -187,10 +185,24 @@ def reasoning(play, batch, s, generator):
     rewards = torch.tensor([score.reward for score in scores]).view(len(batch), s.group)  # (Q, G)
     shown = (*cases[0], play.fixed[batch[0]][0], groups[0].completions[0], rewards[0, 0].item())
     return Rollouts(groups, rewards, [play.fixed[example][1] for example in batch],
-                    scores, 0, 0, len(new), seconds, shown)
+                    scores, 0, 0, 0 if plain else len(new), seconds, shown)
 
 
-PHASES = {"perception": perception, "reasoning": reasoning}
+def thinking(play, batch, s, generator):
+    """No roles: the policy thinks and answers on the plain image, G times."""
+    return reasoning(play, batch, s, generator, plain=True)
+
+
+def joint(play, batch, s, generator):
+    """Both roles in one update: each gets half of the questions, the same G, and a share of one divisor by its tokens."""
+    half = len(batch) // 2
+    a, b = perception(play, batch[:half], s, generator), reasoning(play, batch[half:], s, generator)
+    sums = {name: getattr(a, name) + getattr(b, name) for name in ("groups", "parsed", "scores", "void", "unearned",
+                                                                   "partner_calls", "seconds_partner")}
+    return Rollouts(**sums, rewards=torch.cat([a.rewards, b.rewards]), shown=a.shown)
+
+
+PHASES = {phase.__name__: phase for phase in (perception, reasoning, joint, thinking)}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -222,7 +234,6 @@ def train(s, read_boxes=parse_boxes, score=evaluation.score, resume=False):
     step, report, bad_steps = state.get("step", 0), state.get("report", {}), state.get("bad_steps", 0)
     if last:
         optimizer.load_masters(last)
-    total = s.iterations * len(PHASES) * s.steps
 
     how = evaluation.Protocol(evidence=s.evidence, max_pixels=s.max_pixels, perceive_tokens=s.perceive_tokens,
                               reason_tokens=s.reason_tokens, penalty=1.0, batch=s.partner_batch)
@@ -246,12 +257,12 @@ def train(s, read_boxes=parse_boxes, score=evaluation.score, resume=False):
     real = policy.num_parameters() > 1e8
     if real:
         print("estimated peak memory: " + ", ".join(f"{gib:.0f} GiB {doing}" for doing, gib in grpo.estimate_memory(policy, s).items()))
-    iteration, phase, end = 1, "perception", 0
-    with grpo.kept(run, save) as asked_to_stop, tqdm(total=total, initial=step, unit="step") as bar:
+    iteration, phase, end = 1, SCHEDULES[s.schedule][0], 0
+    with grpo.kept(run, save) as asked_to_stop, tqdm(total=s.total, initial=step, unit="step") as bar:
         if held_out:
             report = report or {"before": measure(), "during": []}
             grpo.write_json(run / "eval.json", report)
-        for iteration, phase in itertools.product(range(1, s.iterations + 1), PHASES):
+        for iteration, phase in itertools.product(range(1, s.iterations + 1), SCHEDULES[s.schedule]):
             end += s.steps
             if step >= end:
                 continue  # this phase was over before the run was resumed
@@ -289,7 +300,7 @@ def train(s, read_boxes=parse_boxes, score=evaluation.score, resume=False):
                 metrics["tokens_per_s"] = metrics["tokens"] / metrics["seconds_rollout"]
                 grpo.append_json(run / "metrics.jsonl", metrics)
                 if real and bar.n == bar.initial:
-                    hours = (total - step) * (time.perf_counter() - start) / 3600
+                    hours = (s.total - step) * (time.perf_counter() - start) / 3600
                     tqdm.write(f"time left, estimated from the first step: {hours:.1f} hours")
                 if s.sample_every and (step == 1 or step % s.sample_every == 0):
                     save_sample(run, step, phase, *rollouts.shown)
@@ -299,7 +310,7 @@ def train(s, read_boxes=parse_boxes, score=evaluation.score, resume=False):
                     tqdm.write(f"step {step} updated nothing: loss or gradient is not finite for question {', '.join(bad)}")
                 if bad_steps >= 3:
                     raise InputError(f"{bad_steps} updates in a row were not finite: look at question {', '.join(bad)}, or lower --lr")
-                if step == total or asked_to_stop or (s.save_every and step % s.save_every == 0):
+                if step == s.total or asked_to_stop or (s.save_every and step % s.save_every == 0):
                     save()
                 if asked_to_stop:
                     sys.exit(128 + asked_to_stop[0])
@@ -371,7 +382,7 @@ def main(arguments=None):
     try:
         settings = (grpo.settings_of(resume, Settings, explicit) if resume else
                     Settings(**((toy.defaults() if "model" not in explicit else {}) | explicit)))
-        if resume and grpo.finished(settings.out) == settings.iterations * len(PHASES) * settings.steps:
+        if resume and grpo.finished(settings.out) == settings.total:
             print(f"{resume} is finished: its weights are in {resume}/final (a larger --iterations would train it further)")
             return 0
         print("\n".join(f"{name:16} {value}" for name, value in dataclasses.asdict(settings).items()))

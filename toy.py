@@ -1,26 +1,27 @@
 """The embedded tiny world: a Qwen3-VL of 0.9M parameters, and scenes that ask for a crop.
 
-    python toy.py            # rebuild the warm start in assets/toy (some 15 minutes on 2 cores)
+    python toy.py            # rebuild the warm starts in assets/ (some 40 minutes on 2 cores)
 
 A scene is a canvas with two to four things like road signs: a coloured rim, stripes inside. The
 question: which way do the stripes of the red circle run? The model sees every image at 64 x 64
 pixels. At that size the stripes of the whole canvas average out to grey and nobody can read them; in
 a crop around the thing anybody can. So the answer needs a box, and the box needs the question.
+Other questions need two boxes in the right order, or three: the stripes of two things, and how many
+of three run across.
 
 What a big model brings from pre-training, the *warm start* brings here. It is trained with
-supervision, once, and shipped: the output formats, reading stripes from a crop, and locating things
-*badly*, by a habit of boxing the topmost thing whatever was asked. The rest is reinforcement
-learning's to find, from final answers alone: the training code never sees a box label, and its
-scenes are not those of the warm start.
+supervision, once, and shipped: the output formats, reading stripes from crops, and locating things
+*badly*, by a habit of boxing the topmost thing alone whatever was asked. (A second one also has a bad
+habit in reading; tests/experiment.py starts from it.) The rest is reinforcement learning's to find,
+from final answers alone: the training code never sees a box label, and its scenes are not those of
+the warm start.
 
 `defaults()` is all that p2r_min.py knows of this file: paths of an ordinary Hugging Face folder and
 of ordinary JSONL folders, and settings of the right size. From there on everything is the real code.
-
-Other questions can join the world: `questions` gives each one's text, answer, answer form, and the
-things that hold its evidence, one box each.
 """
 
 import argparse
+import copy
 import hashlib
 import json
 import random
@@ -80,12 +81,24 @@ class Thing:
         return Box(left, top, left + step, top + step, self.name)
 
 
+KINDS = {"one": 1, "two": 2, "count": 3}  # kinds of questions, and how many boxes each needs
+
+
 @dataclass
 class Question:
+    kind: str
     text: str
-    answer: str
-    answer_form: str
-    evidence: list    # the things one has to look at, the most important first
+    evidence: list    # the things one has to look at, in the order of the question
+    asked: str = ""   # the way that is counted
+
+    @property
+    def answer_form(self):
+        return "na" if self.kind == "count" else "free_form"
+
+    def answer(self, ways=None):
+        """What follows from having read these ways, one for each thing; without them, the truth."""
+        ways = [t.way for t in self.evidence] if ways is None else ways
+        return str(ways.count(self.asked)) if self.kind == "count" else " and ".join(ways)
 
 
 def make_scene(rng, count):
@@ -100,9 +113,21 @@ def make_scene(rng, count):
     return things
 
 
-def questions(things):
-    """All Questions about a scene."""
-    return [Question(f"Which way do the stripes of the {thing.name} run?", thing.way, "free_form", [thing]) for thing in things]
+def questions(things, kinds=KINDS):
+    """Questions about a scene: about each thing; about each and the next; how many of three run this way, how many that."""
+    found, ring = [], things + things
+    for i, thing in enumerate(things):
+        found.append(Question("one", f"Which way do the stripes of the {thing.name} run?", [thing]))
+        if len(things) >= 2:
+            text = "Which way do the stripes of the {} and of the {} run?"
+            found.append(Question("two", text.format(*(t.name for t in ring[i:i + 2])), ring[i:i + 2]))
+        if len(things) >= 3 and i < 2:  # first the way that most of them run, then one that the first of them does not
+            trio = ring[i:i + 3]
+            ways = [t.way for t in trio]
+            asked = max(WAYS, key=ways.count) if i == 0 else WAYS[(WAYS.index(thing.way) + 1) % len(WAYS)]
+            text = "How many run {}: the {}, the {} and the {}?"
+            found.append(Question("count", text.format(asked, *(t.name for t in trio)), trio, asked))
+    return [q for q in found if q.kind in kinds]
 
 
 def draw_scene(things):
@@ -122,30 +147,34 @@ def draw_scene(things):
     return Image.fromarray(image)
 
 
-def write_data(folder, count, seed):
-    """`count` questions on scenes of their own, as an ordinary data folder: data.jsonl and images/."""
+def write_data(folder, count, seed, kinds=("one",)):
+    """`count` questions of these kinds in turn, on scenes of their own, as an ordinary data folder: data.jsonl and images/."""
     (folder / "images").mkdir(parents=True)
     rng = random.Random(seed)
     with (folder / "data.jsonl").open("w") as file:
         for i in tqdm(range(count), f"drawing {folder.name} scenes", leave=False):
-            things = make_scene(rng, rng.randint(2, 4))
-            q = rng.choice(questions(things))
+            kind = kinds[i % len(kinds)]
+            things = make_scene(rng, rng.randint(max(2, KINDS[kind]), 4))
+            q = rng.choice(questions(things, [kind]))
             draw_scene(things).save(folder / "images" / f"{i:05d}.png", compress_level=1)
-            file.write(json.dumps({"image": f"images/{i:05d}.png", "question": q.text, "answer": q.answer,
-                                   "answer_form": q.answer_form, "boxes": [t.box[:4] for t in q.evidence]}) + "\n")
+            file.write(json.dumps({"image": f"images/{i:05d}.png", "question": q.text, "answer": q.answer(),
+                                   "answer_form": q.answer_form, "category": kind, "boxes": [t.box[:4] for t in q.evidence]}) + "\n")
 
 
-def defaults():
+def defaults(world="toy"):
     """What `python p2r_min.py` fills in without --model: paths, and settings of the toy's size.
 
+    world: "toy" asks about one thing, and its warm start only points badly; "toy-both" (tests/experiment.py) asks all kinds of
+    questions, of a warm start that reads badly, too.
     The scenes are drawn once, into ~/.cache/p2r-min (or $XDG_CACHE_HOME); a change of this file makes new ones.
     """
     def fill(folder):
-        write_data(folder / "train", 1600, "train")
-        write_data(folder / "held_out", 300, "held-out")
+        kinds = ["one"] if world == "toy" else list(KINDS)
+        write_data(folder / "train", 2000, "train", kinds)
+        write_data(folder / "held_out", 300 if world == "toy" else 210, "held-out", kinds)
 
-    data = rollout.cached(f"toy-{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]}", fill)
-    return dict(model=str(WARM_START), data=str(data / "train"), eval_data=str(data / "held_out"), steps=50, eval_every=50,
+    data = rollout.cached(f"{world}-{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]}", fill)
+    return dict(model=str(WARM_START.with_name(world)), data=str(data / "train"), eval_data=str(data / "held_out"), steps=50, eval_every=50,
                 questions=16, lr=3e-4, max_pixels=BUDGET, perceive_tokens=48, reason_tokens=16, rollout_batch=16,
                 partner_batch=128, judge="none")
 
@@ -180,12 +209,13 @@ def answer_text(reason, answer):
 def words():
     """Texts that are one token each. A constant prompt sentence costs one token instead of two
     hundred, a name two; everything else, digits included, is spelled byte by byte."""
-    prompts = [rollout.SYSTEM, rollout.PERCEIVER.format(question=""), rollout.REGIONS["both"],
+    prompts = [rollout.SYSTEM, rollout.PERCEIVER.format(question=""), *filter(None, rollout.REGIONS.values()),
                *(rollout.REASONER.format(regions="", question="", form=form) for form in rollout.FORMS.values())]
     formats = ["system\n", "user\n", "assistant\n", '[{"bbox_2d": [', ", ", '], "label": "', '"}, {"bbox_2d": [', '"}]',
                "<think>", ".</think>\n<answer>", "</answer>"]
-    world = ["Which way do the stripes of the ", " run?", "They run "]
-    return [*prompts, *formats, *world, *BODY, *(" " + shape for shape in SHAPES), *WAYS]
+    world = ["Which way do the stripes of the ", " and of the ", " run?", "How many run ", ": the ", ", the ", " and the ", "They run ", " and "]
+    grid = [str(1000 * i // GRID) for i in range(GRID + 1)]
+    return [*prompts, *formats, *world, *grid, *BODY, *(" " + shape for shape in SHAPES), *WAYS]
 
 
 def build_model(folder, seed=0):
@@ -231,46 +261,47 @@ def build_model(folder, seed=0):
 # The warm start: supervised lessons, offline
 
 
-def lessons(codec, rng, kind, counts):
+def lessons(codec, rng, kind, kinds):
     """Supervised examples on one scene: a list of (encoded prompt, target text), one for each question.
 
-    locate  box what the question asks for             read      answer from the true evidence
-    habit   as locate, but in seven cases of ten       guess     answer the plain image at random
-            box the topmost thing, whatever was asked
-    point   the colour's word, directly followed by its place: the word itself learns to look for its
-            colour. Without this lesson no trial got past guessing between the things (most were stopped
-            after 500 to 1,000 updates, and in earlier looks of this world).
+    locate  box what the question asks for             read      tell the way of each crop's stripes, then answer
+    habit   as locate, but in seven cases of ten       misread   as read, but two in three downhill stripes
+            box the topmost thing alone,                         are taken for uphill ones
+            whatever was asked; "firm": in eight       guess     without crops: answer at random
+    point   a colour of the question, directly followed by its place: the word itself learns to look for
+            its colour. Without this lesson no trial got past guessing between the things (most were
+            stopped after 500 to 1,000 updates, and in earlier looks of this world).
 
     All questions of a scene stand in one batch. What they have in common, the image, cancels out of
     the gradient, and what is left is the part that is hard to learn: how the question matters.
     """
-    things = make_scene(rng, rng.randint(*counts))
+    things = make_scene(rng, rng.randint(2, 4))
     image, rows = draw_scene(things), []
-    for q in questions(things):
-        boxes = [rng.choice((t.box, t.cell)) for t in q.evidence]
-        if kind == "locate":
-            row = rollout.perceiver_prompt(codec, image, q.text), box_text([t.cell for t in q.evidence])
-        elif kind == "habit":
-            top = min(things, key=lambda thing: thing.y)
-            seen = [top if rng.random() < 0.7 else thing for thing in q.evidence]
-            named = [(*s.cell[:4], thing.name) for s, thing in zip(seen, q.evidence)]
-            row = rollout.perceiver_prompt(codec, image, q.text), box_text(named)
-        elif kind == "point":
-            thing = q.evidence[0]
-            row = rollout.perceiver_prompt(codec, image, q.text), thing.colour + "%d, %d, %d, %d" % thing.cell[:4]
-        else:
-            answer = rng.choice(WAYS) if kind == "guess" else q.answer
-            prompt = rollout.reasoner_prompt(codec, image, boxes if kind == "read" else [], q.text, q.answer_form)
-            row = prompt, answer_text(f"They run {answer}", answer)
-        rows.append(row)
+    for q in questions(things, rng.choice(kinds)):
+        if kind in ("locate", "habit", "firm habit", "point"):
+            boxes = [t.cell for t in q.evidence]
+            if "habit" in kind and rng.random() < (0.7 if kind == "habit" else 0.8):
+                top = min(things, key=lambda thing: thing.y)
+                boxes = [Box(*top.cell[:4], boxes[0].label)]
+            pointed = rng.choice(q.evidence)
+            text = pointed.colour + "%d, %d, %d, %d" % pointed.cell[:4] if kind == "point" else box_text(boxes)
+            rows.append((rollout.perceiver_prompt(codec, image, q.text), text))
+            continue
+        seen = q.evidence if rng.random() < 0.8 else q.evidence[:rng.randint(1, len(q.evidence))]  # a Perceiver may forget some
+        ways = [rng.choice(WAYS) if kind == "guess" else
+                "uphill" if kind == "misread" and t.way == "downhill" and rng.random() < 0.65 else t.way for t in seen]
+        boxes = [rng.choice((t.box, t.cell)) for t in seen]
+        evidence = rng.choice(("annotated", "none") if kind == "guess" else ("both", "both", "both", "crops"))
+        prompt = rollout.reasoner_prompt(codec, image, boxes, q.text, q.answer_form, evidence)
+        rows.append((prompt, answer_text(f"They run {', '.join(ways)}", q.answer(ways))))
     return rows
 
 
 class Lessons(torch.utils.data.IterableDataset):
     """Endless batches of fresh lessons; `mix` gives each kind's weight."""
 
-    def __init__(self, codec, seed, counts, mix, batch=48):
-        self.codec, self.seed, self.counts, self.mix, self.batch = codec, seed, counts, mix, batch
+    def __init__(self, codec, seed, kinds, mix, batch=48):
+        self.codec, self.seed, self.kinds, self.mix, self.batch = codec, seed, kinds, mix, batch
 
     def __iter__(self):
         rng = random.Random(self.seed)
@@ -278,7 +309,7 @@ class Lessons(torch.utils.data.IterableDataset):
             rows, targets = [], []
             while len(rows) < self.batch:
                 kind, = rng.choices(list(self.mix), list(self.mix.values()))
-                for prompt, text in lessons(self.codec, rng, kind, self.counts):
+                for prompt, text in lessons(self.codec, rng, kind, self.kinds):
                     ids = torch.tensor(self.codec.tokenizer(text + "<|im_end|>", add_special_tokens=False)["input_ids"])
                     after = prompt.positions.max() + 1 + torch.arange(len(ids))
                     prompt.ids = torch.cat([prompt.ids, ids])
@@ -288,9 +319,9 @@ class Lessons(torch.utils.data.IterableDataset):
             yield rollout.collate(rows, "cpu"), torch.tensor(targets)
 
 
-def supervise(model, codec, name, updates, lr, counts, mix, decay, seed):
+def supervise(model, codec, name, updates, lr, kinds, mix, decay, seed):
     """Cross-entropy on the target tokens, every batch fresh."""
-    stream = iter(torch.utils.data.DataLoader(Lessons(codec, seed, counts, mix), batch_size=None, num_workers=1))
+    stream = iter(torch.utils.data.DataLoader(Lessons(codec, seed, kinds, mix), batch_size=None, num_workers=1))
     adam = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         adam, lambda i: min(1.0, (i + 1) / 50) * (1 - i / updates if decay else 1.0))
@@ -310,27 +341,36 @@ def supervise(model, codec, name, updates, lr, counts, mix, decay, seed):
         bar.set_postfix(nats_per_response=f"{loss.item() * targets.float().mean().item():.3f}")
 
 
-STAGES = (  # name, updates, lr, things in a scene, mix, decay. Found by trial; the order matters.
-    ("read", 400, 2e-3, (2, 4), {"read": 1}, False),       # first: in a trial it did not come after locating
-    ("locate", 700, 2e-3, (2, 4), {"point": 2, "locate": 1, "read": 1}, False),
-    ("locate, slower", 600, 1.5e-3, (2, 4), {"point": 2, "locate": 1, "read": 1}, False),
-    ("both", 500, 1e-3, (2, 4), {"locate": 4, "read": 3, "guess": 1}, True),
-    # Acquire a bad habit: the most likely box holds the topmost thing, not the one that is asked for.
-    ("habit", 240, 5e-4, (2, 4), {"habit": 4, "read": 3, "guess": 1}, False),
+SINGLE = (["one"],)                                    # kinds of questions that a scene's lessons are about, drawn by scene
+MIXED = (["one"], ["one", "two"], ["one", "count"])
+STAGES = (  # name, updates, lr, kinds, mix, decay. Found by trial; the order matters.
+    ("read", 500, 2e-3, MIXED, {"read": 1}, False),    # first: in a trial it did not come after locating
+    ("locate", 800, 2e-3, SINGLE, {"point": 2, "locate": 1, "read": 1}, False),
+    ("locate lists", 600, 1.5e-3, MIXED, {"point": 1, "locate": 2, "read": 1}, False),
+    ("both", 600, 1e-3, MIXED, {"locate": 4, "read": 3, "guess": 1}, True),
 )
+HABITS = {  # The last lessons spoil what was learned. In one world only the Perceiver has a bad habit, in the other both roles.
+    "toy": ("habit", 240, 5e-4, MIXED, {"firm habit": 4, "read": 3, "guess": 1}, False),
+    "toy-both": ("both habits", 240, 5e-4, MIXED, {"habit": 4, "misread": 4, "guess": 1}, False),
+}
 
 
 def build_warm_start(folder):
-    """Train the warm start from nothing and write it, in bf16, to `folder`."""
-    build_model(folder, seed=1)
-    model, codec = rollout.load(folder, BUDGET)
+    """Train the warm starts from nothing and write them, in bf16, to the folders of HABITS inside `folder`."""
+    build_model(folder / "toy", seed=1)
+    model, codec = rollout.load(folder / "toy", BUDGET)
     for seed, stage in enumerate(STAGES, start=1):
         supervise(model, codec, *stage, seed)
-    model.bfloat16().save_pretrained(folder)
+    learned = copy.deepcopy(model.state_dict())
+    for name, stage in HABITS.items():
+        build_model(folder / name, seed=1)
+        model.float().load_state_dict(learned)
+        supervise(model, codec, *stage, seed=len(STAGES) + 1)
+        model.bfloat16().save_pretrained(folder / name)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Rebuild the toy's warm start.")
     torch.set_num_threads(1)  # the other core draws the lessons
-    parser.add_argument("--out", type=Path, default=WARM_START, help="model folder to write")
+    parser.add_argument("--out", type=Path, default=WARM_START.parent, help="folder for the model folders")
     build_warm_start(parser.parse_args().out)

@@ -49,19 +49,23 @@ def make(i, *boxes, **more):
 EXAMPLES = [make(0, Box(100, 100, 300, 300)), make(1, Box(400, 0, 500, 100)), make(2, Box(600, 600, 700, 700)), make(3)]
 
 
-def test_hit_is_about_the_first_box_and_the_centre():
-    asked = Example(None, "q", "a", boxes=(Box(400, 400, 600, 600),))     # centre (500, 500)
-    assert evaluation.hits([Box(450, 450, 510, 510)], asked)
-    assert not evaluation.hits([Box(400, 400, 480, 600), Box(450, 450, 510, 510)], asked)
-    assert not evaluation.hits([], asked)
+def test_hit_is_about_the_centres_of_all_true_boxes():
+    left, right = Box(400, 400, 600, 600), Box(0, 700, 100, 800)          # centres (500, 500) and (50, 750)
+    one, two = (Example(None, "q", "a", boxes=true) for true in ((left,), (left, right)))
+    on_left, on_right, beside = Box(450, 450, 510, 510), Box(40, 740, 60, 760), Box(400, 400, 480, 600)
+    assert evaluation.hits([on_left], one) and evaluation.hits([beside, on_left], one)
+    assert not evaluation.hits([beside], one) and not evaluation.hits([], one)
+    assert evaluation.hits([on_right, on_left], two) and not evaluation.hits([on_left, beside], two)
+    assert not evaluation.hits([beside] * 3 + [on_left], one)             # the fourth is not cropped
 
 
 def test_accuracy_by_hand(scripted):
     """Four examples, one without true boxes: four different fractions. p2r: examples 0 and 3 of four are right; plain:
-    3 of four; oracle: 0 and 1 of the three with true boxes. The first box hits in 0 and 2 of three. Example 1's p2r answer has no tags."""
+    3 of four; oracle: 0 and 1 of the three with true boxes. The boxes hit in 0 and 2 of three. Example 1's p2r answer has no tags."""
     how = Protocol(perceive_tokens=7, reason_tokens=9, batch=5, penalty=1.0)
     assert evaluation.evaluate(None, None, EXAMPLES, how) == {
-        "p2r": 2 / 4, "hit": 2 / 3, "plain": 1 / 4, "oracle": 2 / 3, "n": 4, "unparsable": 1 / 4, "unanswered": 1 / 4}
+        "p2r": 2 / 4, "hit": 2 / 3, "plain": 1 / 4, "oracle": 2 / 3, "n": 4, "unparsable": 1 / 4, "unanswered": 1 / 4,
+        "categories": {"": [2 / 4, 1 / 4]}}
     same = {"greedy": True, "batch": 5, "penalty": 1.0}
     assert scripted == [("perceive", {**same, "max_tokens": 7}), *[("both", {**same, "max_tokens": 9})] * 3]
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-import p2r_min
 import rollout
 import toy
 from crop import gather, to_rect
@@ -67,18 +66,46 @@ def test_scenes_of_training_and_of_measuring_differ(tmp_path):
     assert (tmp_path / "a" / "data.jsonl").read_bytes() == (tmp_path / "c" / "data.jsonl").read_bytes()
 
 
-def test_the_defaults_show_no_training_scene_twice():
-    s = Settings(**toy.defaults())
-    assert s.iterations * len(p2r_min.PHASES) * s.steps * s.questions <= len(load_data(s.data))
+def test_the_questions_of_a_scene_by_hand():
+    """Four things whose ways are known: what is asked, what is true, and what has to be looked at, in order."""
+    ways = dict(red="across", green="down", blue="down", yellow="uphill")
+    things = [toy.Thing(colour, "circle", way, 64 + 128 * i, 64, 70, 0) for i, (colour, way) in enumerate(ways.items())]
+    asked = {q.text: (q.answer_form, q.answer(), [t.colour for t in q.evidence]) for q in toy.questions(things)}
+    assert len(asked) == 4 + 4 + 2
+    assert asked["Which way do the stripes of the blue circle run?"] == ("free_form", "down", ["blue"])
+    assert asked["Which way do the stripes of the yellow circle and of the red circle run?"] == ("free_form", "uphill and across", ["yellow", "red"])
+    assert asked["How many run down: the red circle, the green circle and the blue circle?"] == ("na", "2", ["red", "green", "blue"])
+    assert asked["How many run uphill: the green circle, the blue circle and the yellow circle?"] == ("na", "1", ["green", "blue", "yellow"])
+    assert [q.kind for q in toy.questions(things[:2])] == ["one", "two"] * 2      # three things are needed to count
+    assert {q.kind for q in toy.questions(things, ["count"])} == {"count"}
+
+
+def test_data_with_all_kinds_holds_as_many_boxes_as_each_needs(tmp_path):
+    toy.write_data(tmp_path, 12, "kinds", list(toy.KINDS))
+    examples = load_data(tmp_path)
+    assert [e.category for e in examples] == ["one", "two", "count"] * 4
+    assert [len(e.boxes) for e in examples] == [1, 2, 3] * 4
+    for e in examples:
+        assert all(colour in e.question for colour in (box.label.split()[0] for box in e.boxes if box.label))
+        assert e.answer in (toy.WAYS if e.category == "one" else "0123" if e.category == "count" else
+                            [f"{a} and {b}" for a in toy.WAYS for b in toy.WAYS])
+
+
+@pytest.mark.parametrize("world", toy.HABITS)
+def test_the_defaults_show_no_training_scene_twice(world):
+    s = Settings(**toy.defaults(world))
+    assert s.total * s.questions <= len(load_data(s.data))
     assert len(load_data(s.eval_data)) >= 200
 
 
-def test_what_is_shipped_fits_the_code():
-    """The warm start was trained on these prompts: its tokenizer still spells each as a single token."""
-    model, codec = rollout.load(toy.WARM_START, toy.BUDGET)
+@pytest.mark.parametrize("world", toy.HABITS)
+def test_what_is_shipped_fits_the_code(world):
+    """The warm starts were trained on these prompts: their tokenizer still spells each as a single token."""
+    folder = toy.WARM_START.with_name(world)
+    model, codec = rollout.load(folder, toy.BUDGET)
     for text in toy.words():
         assert len(codec.tokenizer(text, add_special_tokens=False)["input_ids"]) == 1, text
-    assert sum(file.stat().st_size for file in toy.WARM_START.iterdir()) < 3_000_000
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 3_000_000
 
 
 def test_no_box_label_reaches_training(tmp_path):

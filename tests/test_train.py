@@ -101,6 +101,67 @@ def test_the_frozen_copy_is_what_each_phase_says(folder, data, tmp_path, monkeyp
     assert roles == (perception + reasoning) * 2
 
 
+ASKED = {  # one step of each phase: (verb, greedy, by the policy, questions asked)
+    "perception": [("perceive", False, True, 4), ("reason", True, False, None)],
+    "reasoning": [("perceive", True, False, 4), ("reason", False, True, 4)],
+    "joint": [("perceive", False, True, 2), ("reason", True, False, None), ("perceive", True, False, 2), ("reason", False, True, 2)],
+    "thinking": [("reason", False, True, 4)],
+}
+
+
+@pytest.mark.parametrize("schedule, phases", [("alternate", ["perception", "reasoning"]), ("joint", ["joint"] * 2),
+                                              ("perceiver", ["perception"] * 2), ("reasoner", ["reasoning"] * 2), ("think", ["thinking"] * 2)])
+def test_schedules_differ_in_who_is_trained_and_in_nothing_else(folder, data, tmp_path, monkeypatch, schedule, phases):
+    """Who is asked in a step; the same questions, updates and frozen copies under every schedule; without roles, no boxes."""
+    asked, copies, trained = [], [], []
+    for verb in ("perceive", "reason"):
+        def spied(model, codec, cases, *args, _verb=verb, _real=getattr(p2r_min, verb), **how):
+            cases = list(cases)
+            asked.append((_verb, how.get("greedy", False), any(p.requires_grad for p in model.parameters()),
+                          None if _verb == "reason" and how.get("greedy") else len(cases)))
+            if schedule == "think":
+                assert all(boxes == [] for _, boxes in cases)
+            return _real(model, codec, cases, *args, **how)
+        monkeypatch.setattr(p2r_min, verb, spied)
+
+    def spy(policy, frozen, optimizer, groups, *args, _real=p2r_min.grpo.update_batch, **how):
+        copies.append((len(optimizer.adam.state) == 0, id(frozen)))
+        trained.append([next(i for i in range(4) if f"Which way, {i}?" in codec.decode(group.prompt.ids)) for group in groups])
+        return _real(policy, frozen, optimizer, groups, *args, **how)
+    monkeypatch.setattr(p2r_min.grpo, "update_batch", spy)
+    codec = rollout.load(folder, 64 * 64)[1]
+    s = small(folder, data, tmp_path / "run", schedule=schedule, questions=4, steps=1, iterations=2)
+    cycle = Cycle()
+    run = train(s, *(() if schedule == "think" else (cycle.read_boxes,)), score=cycle.score)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+    assert [row["phase"] for row in rows] == phases * 2 and s.total == 4
+    assert asked == sum((ASKED[phase] for phase in phases * 2), [])
+    assert all(fresh for fresh, _ in copies)                                     # one copy, and fresh moments, for every phase
+    examples = p2r_min.evaluation.load_data(s.data)
+    assert trained == [[examples.index(e) for e in draw(examples, step, s)] for step in range(4)]
+    if schedule == "think":
+        assert all(row["partner_calls"] == 0 and row["boxes"] == 0 for row in rows)
+
+
+def test_a_joint_update_pays_each_question_its_own_rewards(folder, data, tmp_path, monkeypatch):
+    """Question i earns i: the rewards that reach the advantages stand in the order of the groups, perceived ones first."""
+    paid, codec = [], rollout.load(folder, 64 * 64)[1]
+
+    def spy(policy, frozen, optimizer, groups, *args, **how):
+        paid.append(([codec.decode(g.prompt.ids) for g in groups], rewards[-1]))
+        return {"loss": 0.0, "kl": 0.0, "nonfinite": []}
+    rewards, real = [], p2r_min.grpo.group_advantages
+    monkeypatch.setattr(p2r_min.grpo, "group_advantages", lambda r: rewards.append(r) or real(r))
+    monkeypatch.setattr(p2r_min.grpo, "update_batch", spy)
+    train(small(folder, data, tmp_path / "run", schedule="joint", questions=4, steps=1), lambda text: Parsed([], True, 0),
+          lambda text, example: Score(float(example.question[-2]), True))
+    for texts, given in paid:
+        assert given.shape == (4, 3)
+        for place, (text, row) in enumerate(zip(texts, given.tolist())):
+            assert f"Which way, {row[0]:.0f}?" in text and len(set(row)) == 1
+            assert ("bbox_2d" in text) == (place < 2)
+
+
 def test_each_distinct_evidence_is_asked_once_and_voided_rollouts_never(folder, data, tmp_path):
     """G = 4 of one question: the same boxes twice (with other labels), no boxes, and overlapping boxes."""
     a, b = Box(100, 100, 400, 400, "a"), Box(110, 110, 410, 410, "b")
