@@ -527,7 +527,8 @@ def row_phases(args):
     c = config.text_config
     kv = 4 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * (2 if small else 1)       # bytes a token
     head = sum(p.numel() for p in model.model.language_model.parameters()) * (4 if small else 2)  # bytes read at every step
-    for phase, collect in tqdm(p2r_min.PHASES.items(), "phases"):
+    for phase in tqdm(p2r_min.SCHEDULES["alternate"], "phases"):
+        collect = p2r_min.PHASES[phase]
         R = s.perceive_tokens if phase == "perception" else s.reason_tokens
         generator = torch.Generator(DEVICE).manual_seed(0)
         all_rollouts, _, rollouts = timed(lambda: collect(play, batch, s, generator))

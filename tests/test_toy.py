@@ -6,7 +6,6 @@ import random
 
 import numpy as np
 import pytest
-import torch
 
 import rollout
 import toy

@@ -335,10 +335,9 @@ def test_without_a_model_the_toy_fills_in_and_explicit_flags_win(monkeypatch, ca
 # --- it learns, and it fits the real layout
 
 
-def test_a_short_toy_run_earns_more(tmp_path, monkeypatch):
+def test_a_short_toy_run_earns_more(tmp_path):
     """From final answers alone: the sampled reward of the perception phase rises within twenty steps."""
-    monkeypatch.setattr(p2r_min, "PHASES", {"perception": p2r_min.perception})
-    s = Settings(**toy.defaults() | dict(out=str(tmp_path / "run"), steps=20, eval_data="", sample_every=0, save_every=0))
+    s = Settings(**toy.defaults() | dict(out=str(tmp_path / "run"), schedule="perceiver", steps=10, eval_data="", sample_every=0, save_every=0))
     rewards = [json.loads(line)["reward_mean"] for line in (train(s) / "metrics.jsonl").open()]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.1
 
