@@ -649,6 +649,9 @@ def print_report(report):
                        ("plain", "reason on the plain image"), ("oracle", "reason with the true boxes")):
         cells = ("-" if row[name] is None else f"{row[name]:.3f}" for row in rows.values())
         print(f"{name:7}{text:45}" + "".join(f"{cell:>9}" for cell in cells))
+    kinds = report["after"]["categories"]
+    for kind in kinds if len(kinds) > 1 else ():
+        print(f"{'':7}{'p2r, ' + kind:45}" + "".join(f"{row['categories'][kind][0]:9.3f}" for row in rows.values()))
 
 
 def mean(values):

@@ -238,7 +238,7 @@ def peak_gib(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**(30 if sys.platform == "darwin" else 20)  # bytes or KiB
 
 
-@out_of_memory("updating", "--max-pixels")
+@out_of_memory("updating", "halve --max-pixels in a new run (after that --reason-tokens or --group)")
 def update_batch(policy, reference, optimizer, groups, advantages, *, banned, kl, clip, max_norm, updates=1):
     """The GRPO update on one batch: every group forward and backward, then one optimizer step.
 

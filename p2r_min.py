@@ -8,14 +8,15 @@ with boxes around the evidence; as *Reasoner* it sees the boxes drawn, the crops
 answers. Training knows only whether the final answer is right. It alternates two phases; in each,
 one role is sampled and trained with GRPO while a frozen copy of the model plays the other role:
 
-    for every iteration, for every phase in (perception, reasoning):
+    for every iteration, for every phase of the schedule (the paper's: perception, then reasoning):
         frozen <- copy of the model             # the other role, and the reference of the KL
         for every batch of questions:
             perception: sample G box lists; frozen reasoner answers from each;  reward = is it right
             reasoning:  frozen perceiver gives boxes; sample G answers;         reward = is it right
             update the model with GRPO on the sampled tokens
 
-Read in this order: p2r_min.py, rollout.py, crop.py, grpo.py, eval.py, toy.py; grpo.py when a run is lost.
+Read in this order: p2r_min.py, rollout.py, crop.py, grpo.py, eval.py, toy.py. (The second half of
+grpo.py, checkpoints and resume, can wait until a run is lost.)
 
 Paper: arXiv 2607.01191. Where we depart from it or from the authors' code, and why: README.md, "Departures".
 """
@@ -38,7 +39,7 @@ from tqdm import tqdm
 import eval as evaluation
 import grpo
 import toy
-from crop import parse_boxes, picture, tricks, violation
+from crop import Parsed, parse_boxes, picture, tricks, violation
 from eval import setting
 from rollout import REGIONS, InputError, find, fitting, load, perceive, reason, waiting
 
@@ -53,7 +54,7 @@ SCHEDULES = {  # the phases of an iteration; each begins with a new frozen copy 
 
 @dataclass
 class Settings:
-    """Everything that can be chosen. Defaults are the paper's; the command line is made from this."""
+    """Everything that can be chosen. Defaults are the paper's, but for README.md's departures; the command line is made from this."""
     model: str = setting("", "what", "Qwen3-VL: a hub id or a folder; without it the embedded toy")
     data: str = setting("hongxingli/P2R-10k", "what", "training questions: a file, folder or hub id (eval.py tells the formats)")
     eval_data: str = setting("", "what", "held-out questions; without them accuracy is not measured")
@@ -64,7 +65,7 @@ class Settings:
     schedule: str = setting("alternate", "schedule", "who is trained when: in turn (the paper), both in every update, one role alone, or "
                             "no roles, on the plain image", tuple(SCHEDULES))
     iterations: int = setting(1, "schedule", "times that the schedule's phases are run")
-    steps: int = setting(156, "schedule", "optimizer steps a phase")
+    steps: int = setting(156, "schedule", "steps a phase: batches of questions, with --updates optimizer steps each")
     questions: int = setting(64, "schedule", "questions a step (Q)")
     eval_every: int = setting(0, "schedule", "steps between measurements; 0: only before and after")
     save_every: int = setting(10, "schedule", "steps between checkpoints, of which the newest two stay; 0: only at the end")
@@ -94,7 +95,7 @@ class Settings:
 
     @property
     def total(self):
-        """Optimizer steps of the whole run."""
+        """Steps of the whole run."""
         return self.iterations * len(SCHEDULES[self.schedule]) * self.steps
 
     def check(self):
@@ -121,13 +122,13 @@ class Players:
     codec: object             # rollout.Codec of both
     read_boxes: object        # text -> crop.Parsed
     grade: object             # (text, example) pairs -> an eval.Score each
-    fixed: dict               # reasoning phase: example -> (the frozen perceiver's text, its Parsed)
+    fixed: dict               # reasoning: example -> (the frozen perceiver's text, its Parsed)
 
 
 @dataclass
 class Rollouts:
     """One batch, sampled and rewarded."""
-    groups: list              # Q rollout.Groups, each with G completions of the trained role
+    groups: list              # Q rollout.Groups, each with G completions of a trained role
     rewards: torch.Tensor     # (Q, G)
     parsed: list              # crop.Parsed of every perceiver output of the batch
     scores: list              # eval.Score of every reasoner output of the batch
@@ -169,32 +170,27 @@ def evidence(q, parsed):
 
 def reasoning(play, batch, s, generator, plain=False):
     """The frozen copy perceives, once a question and phase; the policy reasons, G times; its answers pay.
-    With `plain` nobody perceives."""
+    With `plain` there are no roles: the policy thinks and answers on the plain image."""
     start = time.perf_counter()
-    new = [example for example in dict.fromkeys(batch) if example not in play.fixed]
-    found = [] if plain else perceive(play.frozen, play.codec, waiting(new, "frozen perceiver"), greedy=True,
-                                      max_tokens=s.perceive_tokens, batch=s.partner_batch)
-    # All of them before any is kept: an image may fail.
-    texts = ["[]"] * len(new) if plain else [group.completions[0].text for group in found]
-    play.fixed.update((example, (text, play.read_boxes(text))) for example, text in zip(new, texts))
+    fixed = dict.fromkeys(batch, ("(nobody perceives)", Parsed([], True, 0))) if plain else play.fixed
+    new = [example for example in dict.fromkeys(batch) if example not in fixed]
+    found = perceive(play.frozen, play.codec, waiting(new, "frozen perceiver"), greedy=True,
+                     max_tokens=s.perceive_tokens, batch=s.partner_batch)
+    texts = [group.completions[0].text for group in found]  # all of them before any is kept: an image may fail
+    fixed.update((example, (text, play.read_boxes(text))) for example, text in zip(new, texts))
     seconds = time.perf_counter() - start
-    cases = [(example, play.fixed[example][1].boxes) for example in batch]
+    cases = [(example, fixed[example][1].boxes) for example in batch]
     groups = list(reason(play.policy, play.codec, waiting(cases, "sampling answers"), s.evidence, group=s.group,
                          max_tokens=s.reason_tokens, batch=s.rollout_batch, generator=generator))
     scores = play.grade([(c.text, example) for example, group in zip(batch, groups) for c in group.completions])
     rewards = torch.tensor([score.reward for score in scores]).view(len(batch), s.group)  # (Q, G)
-    shown = (*cases[0], play.fixed[batch[0]][0], groups[0].completions[0], rewards[0, 0].item())
-    return Rollouts(groups, rewards, [play.fixed[example][1] for example in batch],
-                    scores, 0, 0, 0 if plain else len(new), seconds, shown)
-
-
-def thinking(play, batch, s, generator):
-    """No roles: the policy thinks and answers on the plain image, G times."""
-    return reasoning(play, batch, s, generator, plain=True)
+    shown = (*cases[0], fixed[batch[0]][0], groups[0].completions[0], rewards[0, 0].item())
+    return Rollouts(groups, rewards, [fixed[example][1] for example in batch], scores, 0, 0, len(new), seconds, shown)
 
 
 def joint(play, batch, s, generator):
-    """Both roles in one update: each gets half of the questions, the same G, and a share of one divisor by its tokens."""
+    """Both roles in one update: the first half of the questions trains the Perceiver, the rest the Reasoner, G samples
+    each. The loss is one mean over all tokens, so the role that writes more weighs more."""
     half = len(batch) // 2
     a, b = perception(play, batch[:half], s, generator), reasoning(play, batch[half:], s, generator)
     sums = {name: getattr(a, name) + getattr(b, name) for name in ("groups", "parsed", "scores", "void", "unearned",
@@ -202,11 +198,11 @@ def joint(play, batch, s, generator):
     return Rollouts(**sums, rewards=torch.cat([a.rewards, b.rewards]), shown=a.shown)
 
 
-PHASES = {phase.__name__: phase for phase in (perception, reasoning, joint, thinking)}
+PHASES = {"perception": perception, "reasoning": reasoning, "joint": joint, "thinking": functools.partial(reasoning, plain=True)}
 
 
 # ---------------------------------------------------------------------------------------------
-# The alternating loop
+# The loop
 
 
 def train(s, read_boxes=parse_boxes, score=evaluation.score, resume=False):

@@ -46,13 +46,12 @@ class InputError(ValueError):
 
 
 @contextlib.contextmanager
-def out_of_memory(doing, flag):
-    """Turns a GPU that is out of memory into an InputError that names the flag to halve."""
+def out_of_memory(doing, remedy):
+    """Turns a GPU that is out of memory into an InputError that names the remedy."""
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
-        raise InputError(f"the GPU's memory ran out while {doing}: halve {flag} "
-                         f"(after that --max-pixels, then --reason-tokens)") from error
+        raise InputError(f"the GPU's memory ran out while {doing}: {remedy}") from error
 
 
 # ---------------------------------------------------------------------------------------------
@@ -362,7 +361,7 @@ def sample(model, codec, prompts, *, group=1, greedy=False, max_tokens, batch, g
         yield from _sample_chunk(model, codec, chunk, group, greedy, max_tokens, generator, penalty)
 
 
-@out_of_memory("sampling", "--rollout-batch and --partner-batch")
+@out_of_memory("sampling", "halve --rollout-batch and --partner-batch (after that, in a new run, --max-pixels or --reason-tokens)")
 @torch.no_grad()
 def _sample_chunk(model, codec, prompts, group, greedy, max_tokens, generator, penalty):
     """One prefill a prompt, then all responses together. The G responses of a prompt share one row of the

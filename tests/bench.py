@@ -277,7 +277,7 @@ def toy_setting(args):
 
 def row_partner(args):
     s, examples, model, codec = toy_setting(args)
-    play = p2r_min.Players(model, model, codec, parse_boxes, evaluation.score, fixed={})
+    play = p2r_min.Players(model, model, codec, parse_boxes, evaluation.grade, fixed={})
     distinct, reason, lengths, partner = p2r_min.evidence, p2r_min.reason, [], {}
 
     def step(key):
@@ -521,7 +521,7 @@ def row_phases(args):
         return Parsed([Box(10 + at, 10, 280 + at, 300, "a"), Box(10 + at, 400, 280 + at, 690, "b"), Box(500, 10 + at, 800, 300 + at, "c")],
                       True, 0)
 
-    play = p2r_min.Players(model, frozen, codec, read_boxes, lambda text, example: evaluation.Score(float(next(count) % 2), True), {})
+    play = p2r_min.Players(model, frozen, codec, read_boxes, lambda pairs: [evaluation.Score(float(next(count) % 2), True) for _ in pairs], {})
     batch = [Shown(seed, 512 if small else 4000) for seed in range(s.questions)]
     peak_flops, bandwidth = next((v for k, v in CARDS.items() if not small and k in torch.cuda.get_device_name()), (None, None))
     c = config.text_config

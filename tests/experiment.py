@@ -2,14 +2,16 @@
 
     python tests/experiment.py --out runs/experiment                        # on the toy; two runs at a time on 2 cores
     python tests/experiment.py --out runs/experiment --draw                 # table, assets/experiment.json and .png, assets/curves.png
+    python tests/experiment.py --draw --from-json assets/experiment.json    # the same from the results that are kept here
     python tests/experiment.py --out runs/experiment-2b --jobs 1 --seeds 3 --steps 156 -- --model Qwen/Qwen3-VL-2B-Instruct --eval-data FILE
 
 Every variant is p2r_min.py itself with other --schedule, --iterations and --steps; everything else is the same: warm start,
 data and their order, number of updates, questions and samples an update. The second axis, one long alternation against several
 short ones, keeps the total of updates too, so a phase is shorter and the frozen copy is renewed more often.
 
-Killed at any time, the same command goes on: finished runs are kept, a begun one is resumed. What follows `--` goes to
-p2r_min.py (--questions 32, --lr 2e-6, ...). After a run its final weights are asked again with other evidence.
+Stopped with Ctrl-C, the same command goes on: finished runs are kept, a begun one is resumed. What follows `--` goes to
+p2r_min.py (--questions 32, --lr 2e-6, ...; paths start from this repository). After a run its final weights, bf16 as they are
+saved, are asked again with other evidence, in both roles.
 """
 
 import argparse
@@ -28,6 +30,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import eval as evaluation  # noqa: E402
+import grpo  # noqa: E402
 import rollout  # noqa: E402
 import toy  # noqa: E402
 from p2r_min import SCHEDULES, Settings  # noqa: E402
@@ -39,19 +42,33 @@ STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365
 def commands(args, more):
     """{run folder: its p2r_min.py command}, a seed's variants together, so that a part of the experiment is balanced."""
     toys = [] if any(flag.split("=")[0] == "--model" for flag in more) else [f"--{name.replace('_', '-')}={value}" for name, value in (toy.defaults("toy-both") | {"questions": 10}).items()]
+    if not toys and not any(flag.split("=")[0] == "--eval-data" for flag in more):
+        sys.exit("experiment.py: --model needs --eval-data, or there is nothing to compare")
     for seed in range(args.seeds):
         for name, (schedule, times) in VARIANTS.items():
             run = args.out / f"{name.replace(' ', '')}-seed{seed}"
-            steps, rest = divmod(args.steps, times)
+            phases = times * len(SCHEDULES[schedule])
+            steps, rest = divmod(2 * args.steps, phases)
             if rest:
-                sys.exit(f"experiment.py: --steps {args.steps} cannot be shared among {times} iterations; choose a multiple of 4")
+                sys.exit(f"experiment.py: 2 x --steps {args.steps} updates cannot be shared among {phases} phases; choose a multiple of 4")
             yield run, [*toys, "--eval-every", str(args.steps // 2), "--sample-every", "0", *more, "--schedule", schedule, "--iterations", str(times),
                         "--steps", str(steps), "--seed", str(seed), "--out", str(run)]
+
+
+def settings_parser():
+    """p2r_min.py's own flags."""
+    parser = argparse.ArgumentParser()
+    evaluation.add_flags(parser, Settings)
+    return parser
 
 
 def play(run, flags, threads):
     """Start, continue or keep one run, then ask its weights with each kind of evidence. Returns what went wrong, or None."""
     quiet = dict(cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if (run / "config.json").exists():
+        known, asked = json.loads((run / "config.json").read_text()), vars(settings_parser().parse_args(flags))
+        if changed := [f"{name} was {known[name]}, is {value}" for name, value in asked.items() if known[name] != value]:
+            return f"{run} holds another run ({'; '.join(changed)}): choose another --out"
     if (run / "evidence.json").exists():
         return None
     begun = ["--resume", str(run)] if (run / "config.json").exists() else flags
@@ -70,7 +87,7 @@ def ask_with_evidence(run):
                               penalty=1.0, batch=s.partner_batch)
     found = {kind: evaluation.mean(r["reward"] for r in evaluation.ask(model, codec, examples, replace(how, evidence=kind)))
              for kind in rollout.REGIONS}
-    (run / "evidence.json").write_text(json.dumps(found))
+    grpo.write_json(run / "evidence.json", found)
 
 
 def collect(out):
@@ -86,22 +103,22 @@ def collect(out):
             points = [(0, report["before"]), *((r["step"], r) for r in report["during"]), (len(steps), report["after"])]
             found.setdefault(name, []).append({
                 "seed": config["seed"], "n": report["after"]["n"], "own": own,
-                "curve": [[step, r[own]] for step, r in points], "hit": [[step, r["hit"]] for step, r in points],
-                "oracle": [[step, r["oracle"]] for step, r in points],
+                "curve": [[step, r[own]] for step, r in points],
+                # Where the data has no true boxes there is nothing to hit: not a number, in the table and in the pictures.
+                **{k: [[step, math.nan if r[k] is None else r[k]] for step, r in points] for k in ("hit", "oracle")},
                 "categories": {c: pair[own == "plain"] for c, pair in report["after"]["categories"].items()},
                 "calls": sum(m["partner_calls"] for m in steps) + len(steps) * config["questions"] * config["group"],
-                "tokens": sum(m["tokens"] for m in steps),
                 "boxes": [m["boxes"] for m in steps], "box_area": [m["box_area"] for m in steps],
-                "reward": [m["reward_mean"] for m in steps], "seconds": sum(m[k] for m in steps for k in m if k.startswith("seconds_")),
+                "reward": [m["reward_mean"] for m in steps],
                 "evidence": json.loads((run / "evidence.json").read_text())})
     return found
 
 
 def interval(values):
-    """Mean and half width of its 95 % confidence interval (Student's t over seeds; infinite for one seed)."""
+    """Mean and half width of its 95 % confidence interval (Student's t over seeds; infinite for one seed, a little wide for over 10)."""
     mean, n = sum(values) / len(values), len(values)
     deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / max(n - 1, 1))
-    return mean, STUDENT.get(n, 1.96) * deviation / math.sqrt(n) if n > 1 else math.inf
+    return mean, STUDENT.get(n, 2.262) * deviation / math.sqrt(n) if n > 1 else math.inf
 
 
 def last(row, key):
@@ -149,9 +166,8 @@ def draw(found, folder):
         axis.grid(axis="x", alpha=0.3)
 
     def band(axis, name, series, title, xs=None, smooth=1):
+        series = [[sum(v[max(0, i - smooth + 1):i + 1]) / min(i + 1, smooth) for i in range(len(v))] for v in series]  # each seed by itself
         means, halves = zip(*(interval(values) for values in zip(*series)))
-        if smooth > 1:
-            means, halves = ([sum(v[max(0, i - smooth + 1):i + 1]) / min(i + 1, smooth) for i in range(len(v))] for v in (means, halves))
         xs = xs or range(1, len(means) + 1)
         axis.plot(xs, means, color=colours[name], label=name)
         if all(map(math.isfinite, halves)):
@@ -168,7 +184,7 @@ def draw(found, folder):
         axes[1, 0].plot(values, [place] * len(values), "o", alpha=0.6, color=colours[name])
         if not values:
             axes[1, 0].text(0.02, place, "no gain", transform=axes[1, 0].get_yaxis_transform(), va="center", color=colours[name])
-    axes[1, 0].set(title="calls to the model for each point gained\n(sampled or frozen; a dot a seed)", yticks=range(len(gains)), yticklabels=list(gains),
+    axes[1, 0].set(title="calls to the model (sampled or frozen) for each point gained\n(a dot for each seed that gained more than a point)", yticks=range(len(gains)), yticklabels=list(gains),
                    ylim=(len(gains) - 0.5, -0.5))
     axes[1, 0].set_xlim(left=0)
     axes[1, 0].grid(axis="x", alpha=0.3)
@@ -198,11 +214,12 @@ def draw(found, folder):
 
 def main():
     parser = argparse.ArgumentParser(description="Compare schedules of training at equal numbers of updates.")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--out", type=Path, default=Path("runs/experiment"), help="folder of the runs")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=32, help="updates in a phase of one iteration; a run has twice as many")
+    parser.add_argument("--steps", type=int, default=32, help="half of a run's updates: one of the two phases of one iteration")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time; 1 on a GPU")
-    parser.add_argument("--draw", action="store_true", help="print the table of finished runs, write assets/experiment.json and draw it")
+    parser.add_argument("--draw", action="store_true", help="print the table of finished runs, write experiment.json, draw it")
+    parser.add_argument("--to", type=Path, default=ROOT / "assets", help="with --draw: folder for experiment.json and the pictures")
     parser.add_argument("--from-json", type=Path, help="with --draw: take the results from this file instead of --out")
     parser.add_argument("--ask-again", action="store_true", help=argparse.SUPPRESS)  # internal: one finished run is asked again
     parser.add_argument("more", nargs="*", help="after --: flags for p2r_min.py")
@@ -214,8 +231,9 @@ def main():
         if not found:
             sys.exit(f"experiment.py: there is no finished run in {args.out}")
         table(found)
-        (ROOT / "assets" / "experiment.json").write_text(json.dumps(found))
-        return draw(found, ROOT / "assets")
+        found = json.loads(json.dumps(found), parse_float=lambda number: round(float(number), 4))
+        (args.to / "experiment.json").write_text(json.dumps(found) + "\n")
+        return draw(found, args.to)
     args.out.mkdir(parents=True, exist_ok=True)
     args.out = args.out.resolve()
     runs = dict(commands(args, args.more))

@@ -7,14 +7,11 @@ from pathlib import Path
 import pytest
 
 import experiment
-from eval import add_flags
 from p2r_min import Settings
 
 
 def settings_of(flags):
-    parser = argparse.ArgumentParser()
-    add_flags(parser, Settings)
-    return Settings(**vars(parser.parse_args(flags)))
+    return Settings(**vars(experiment.settings_parser().parse_args(flags)))
 
 
 def test_variants_differ_in_schedule_and_in_nothing_else():
@@ -27,8 +24,17 @@ def test_variants_differ_in_schedule_and_in_nothing_else():
         ("alternate", "alternate", 1, 32), ("alternatex2", "alternate", 2, 16), ("alternatex4", "alternate", 4, 8),
         ("joint", "joint", 1, 32), ("perceiver", "perceiver", 1, 32), ("reasoner", "reasoner", 1, 32), ("think", "think", 1, 32)}
     assert [runs[f"think-seed{seed}"].seed for seed in (0, 1)] == [0, 1]
-    with pytest.raises(SystemExit, match="--steps 30 cannot be shared among 4"):
+    with pytest.raises(SystemExit, match="--steps 30 updates cannot be shared among 8"):
         list(experiment.commands(argparse.Namespace(out=Path("x"), seeds=1, steps=30), []))
+    with pytest.raises(SystemExit, match="needs --eval-data"):
+        list(experiment.commands(args, ["--model", "M"]))
+
+
+def test_a_run_with_other_settings_is_not_taken_for_this_one(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(dict(questions=10, steps=32)))
+    (tmp_path / "evidence.json").write_text("{}")
+    assert experiment.play(tmp_path, ["--questions", "10", "--steps", "32"], 1) is None
+    assert "questions was 10, is 6" in experiment.play(tmp_path, ["--questions", "6", "--steps", "32"], 1)
 
 
 def test_the_interval_is_students():

@@ -336,8 +336,10 @@ def test_the_estimate_of_memory_against_sums_done_by_hand():
 
 
 def test_the_bench_writes_its_figures(tmp_path):
-    bench.main(["--rows", "update", "--tiny", "--repeats", "1", "--json", str(tmp_path / "bench.json")])
-    row, = json.loads((tmp_path / "bench.json").read_text())
+    bench.main(["--rows", "update,partner,phases", "--tiny", "--repeats", "1", "--questions", "2", "--json", str(tmp_path / "bench.json")])
+    row, partner, *phases = json.loads((tmp_path / "bench.json").read_text())
+    assert [partner["row"], *(p["row"] for p in phases)] == ["partner", "perception", "reasoning"]
+    assert partner["ratio"] > 0 and all(p["ours_s"] > 0 and p["shape"][2] == 4 for p in phases)
     assert row["row"] == "update" and row["shape"] == [100, 6, 3]
     assert all(row[key] > 0 for key in ("ours_s", "theirs_s", "ratio")) and {"ours_gib", "theirs_gib"} <= set(row)
     assert row["max_logprob_diff"] < 1e-4 and row["max_gradient_diff"] < 1e-3

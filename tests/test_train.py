@@ -105,7 +105,7 @@ ASKED = {  # one step of each phase: (verb, greedy, by the policy, questions ask
     "perception": [("perceive", False, True, 4), ("reason", True, False, None)],
     "reasoning": [("perceive", True, False, 4), ("reason", False, True, 4)],
     "joint": [("perceive", False, True, 2), ("reason", True, False, None), ("perceive", True, False, 2), ("reason", False, True, 2)],
-    "thinking": [("reason", False, True, 4)],
+    "thinking": [("perceive", True, False, 0), ("reason", False, True, 4)],
 }
 
 
@@ -119,7 +119,7 @@ def test_schedules_differ_in_who_is_trained_and_in_nothing_else(folder, data, tm
             cases = list(cases)
             asked.append((_verb, how.get("greedy", False), any(p.requires_grad for p in model.parameters()),
                           None if _verb == "reason" and how.get("greedy") else len(cases)))
-            if schedule == "think":
+            if schedule == "think":                                              # whatever would be read in a text
                 assert all(boxes == [] for _, boxes in cases)
             return _real(model, codec, cases, *args, **how)
         monkeypatch.setattr(p2r_min, verb, spied)
@@ -132,7 +132,7 @@ def test_schedules_differ_in_who_is_trained_and_in_nothing_else(folder, data, tm
     codec = rollout.load(folder, 64 * 64)[1]
     s = small(folder, data, tmp_path / "run", schedule=schedule, questions=4, steps=1, iterations=2)
     cycle = Cycle()
-    run = train(s, *(() if schedule == "think" else (cycle.read_boxes,)), score=cycle.score)
+    run = train(s, cycle.read_boxes, cycle.score)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").open()]
     assert [row["phase"] for row in rows] == phases * 2 and s.total == 4
     assert asked == sum((ASKED[phase] for phase in phases * 2), [])
