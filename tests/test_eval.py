@@ -248,7 +248,7 @@ def test_without_a_model_it_is_the_toy_and_says_so(data, tmp_path, capsys, monke
     scene = toy.make_scene(__import__("random").Random(5), 3)
     toy.draw_scene(scene).save(tmp_path / "photo.png")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(toy, "write_data", lambda folder, count, seed: folder.mkdir())
+    monkeypatch.setattr(toy, "write_data", lambda folder, count, seed, kinds: folder.mkdir())
     question = toy.questions(scene)[0]
     for file in ("photo-1.png", "photo-2.png"):                                    # never written over
         assert main(["--image", str(tmp_path / "photo.png"), "--question", question.text, "--out", str(tmp_path / "pictures")]) == 0
@@ -271,7 +271,7 @@ def test_without_a_model_it_is_the_toy_and_says_so(data, tmp_path, capsys, monke
 ])
 def test_bad_input_is_one_sentence(more, message, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(toy, "write_data", lambda folder, count, seed: folder.mkdir())
+    monkeypatch.setattr(toy, "write_data", lambda folder, count, seed, kinds: folder.mkdir())
     monkeypatch.chdir(tmp_path)
     noise(20, 20).save("a.png")
     assert main(more) == 2
