@@ -114,13 +114,12 @@ def make_scene(rng, count):
 
 
 def questions(things, kinds=KINDS):
-    """Questions about a scene: about each thing; about each and the next; how many of three run this way, how many that."""
+    """Questions about a scene of two things or more: about each thing; about each and the next; how many of three run this way, how many that."""
     found, ring = [], things + things
     for i, thing in enumerate(things):
         found.append(Question("one", f"Which way do the stripes of the {thing.name} run?", [thing]))
-        if len(things) >= 2:
-            text = "Which way do the stripes of the {} and of the {} run?"
-            found.append(Question("two", text.format(*(t.name for t in ring[i:i + 2])), ring[i:i + 2]))
+        text = "Which way do the stripes of the {} and of the {} run?"
+        found.append(Question("two", text.format(*(t.name for t in ring[i:i + 2])), ring[i:i + 2]))
         if len(things) >= 3 and i < 2:  # first the way that most of them run, then one that the first of them does not
             trio = ring[i:i + 3]
             ways = [t.way for t in trio]
@@ -261,7 +260,7 @@ def build_model(folder, seed=0):
 # The warm start: supervised lessons, offline
 
 
-def lessons(codec, rng, kind, kinds):
+def lessons(codec, rng, lesson, kinds):
     """Supervised examples on one scene: a list of (encoded prompt, target text), one for each question.
 
     locate  box what the question asks for             read      tell the way of each crop's stripes, then answer
@@ -278,20 +277,20 @@ def lessons(codec, rng, kind, kinds):
     things = make_scene(rng, rng.randint(2, 4))
     image, rows = draw_scene(things), []
     for q in questions(things, rng.choice(kinds)):
-        if kind in ("locate", "habit", "firm habit", "point"):
+        if lesson in ("locate", "habit", "firm habit", "point"):
             boxes = [t.cell for t in q.evidence]
-            if "habit" in kind and rng.random() < (0.7 if kind == "habit" else 0.8):
+            if "habit" in lesson and rng.random() < (0.7 if lesson == "habit" else 0.8):
                 top = min(things, key=lambda thing: thing.y)
                 boxes = [Box(*top.cell[:4], boxes[0].label)]
             pointed = rng.choice(q.evidence)
-            text = pointed.colour + "%d, %d, %d, %d" % pointed.cell[:4] if kind == "point" else box_text(boxes)
+            text = pointed.colour + "%d, %d, %d, %d" % pointed.cell[:4] if lesson == "point" else box_text(boxes)
             rows.append((rollout.perceiver_prompt(codec, image, q.text), text))
             continue
         seen = q.evidence if rng.random() < 0.8 else q.evidence[:rng.randint(1, len(q.evidence))]  # a Perceiver may forget some
-        ways = [rng.choice(WAYS) if kind == "guess" else
-                "uphill" if kind == "misread" and t.way == "downhill" and rng.random() < 0.65 else t.way for t in seen]
+        ways = [rng.choice(WAYS) if lesson == "guess" else
+                "uphill" if lesson == "misread" and t.way == "downhill" and rng.random() < 0.65 else t.way for t in seen]
         boxes = [rng.choice((t.box, t.cell)) for t in seen]
-        evidence = rng.choice(("annotated", "none") if kind == "guess" else ("both", "both", "both", "crops"))
+        evidence = rng.choice(("annotated", "none") if lesson == "guess" else ("both", "both", "both", "crops"))
         prompt = rollout.reasoner_prompt(codec, image, boxes, q.text, q.answer_form, evidence)
         rows.append((prompt, answer_text(f"They run {', '.join(ways)}", q.answer(ways))))
     return rows
@@ -308,8 +307,8 @@ class Lessons(torch.utils.data.IterableDataset):
         while True:
             rows, targets = [], []
             while len(rows) < self.batch:
-                kind, = rng.choices(list(self.mix), list(self.mix.values()))
-                for prompt, text in lessons(self.codec, rng, kind, self.kinds):
+                lesson, = rng.choices(list(self.mix), list(self.mix.values()))
+                for prompt, text in lessons(self.codec, rng, lesson, self.kinds):
                     ids = torch.tensor(self.codec.tokenizer(text + "<|im_end|>", add_special_tokens=False)["input_ids"])
                     after = prompt.positions.max() + 1 + torch.arange(len(ids))
                     prompt.ids = torch.cat([prompt.ids, ids])
