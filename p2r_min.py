@@ -457,6 +457,7 @@ def main(arguments=None):
 
 def prepare(s):
     """Load everything -> (training examples, held-out examples, policy, codec, judge)."""
+    # Data first: a bad row should not cost the minutes that a model takes to load.
     examples = evaluation.load_data(s.data, s.images, s.skip_bad)
     held_out = []
     if s.eval_data:
@@ -469,7 +470,7 @@ def prepare(s):
     if s.checkpointing:
         grpo.checkpoint_activations(policy)
 
-    judge = {"self": "self", "none": None}.get(s.judge, s.judge)
+    judge = None if s.judge == "none" else s.judge
     if judge not in ("self", None):
         judge = evaluation.Judge.load(s.judge, policy.device)
     return examples, held_out, policy, codec, judge
@@ -582,16 +583,17 @@ class Run:
         self.folder = Path(s.out or next_free_folder(s.model))
         self.step, self.accuracy = 0, {}      # steps done; step -> eval.evaluate's dict
         self.interrupt = None                 # number of the signal that asked to stop
-        self.lock = self.bar = None
-        if not resumed and self.folder.exists() and any(self.folder.iterdir()):
-            raise InputError(f"--out {s.out} is not empty: choose another, or --resume {s.out}")
+        self.lock, self.bar, self.handlers = None, None, {}
+        if not resumed and (self.folder / "config.json").exists():
+            raise InputError(f"--out {s.out} holds a run: choose another, or --resume {s.out}")
 
     def begin(self, players, optimizer):
-        """Make the folder, or go back to its newest readable checkpoint. Nobody else may use it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = lock(self.folder / "lock")
+        """Make the folder, or take players and optimizer back to its newest checkpoint."""
         self.players, self.optimizer = players, optimizer
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = lock(self.folder / "lock")  # two processes would destroy each other's logs
 
+        # What the next step depends on. A phase that begins there makes its own frozen copy.
         if self.checkpoints():
             newest = self.checkpoints()[-1]
             try:
@@ -604,13 +606,14 @@ class Run:
                                  f"the checkpoint before it") from error
             self.step = int(newest.name[5:])
 
+        # Both logs end where the run goes on: what comes now is written again.
         for name in ("metrics.jsonl", "accuracy.jsonl"):
             rows = [row for row in read_jsonl(self.folder / name) if row["step"] <= self.step]
             write_whole(self.folder / name, "".join(json.dumps(row) + "\n" for row in rows))
         self.accuracy = {row["step"]: row for row in rows}
         write_whole(self.folder / "config.json", json.dumps(dataclasses.asdict(self.s), indent=2))
         for number in SIGNALS:
-            signal.signal(number, self.save_on_interrupt)
+            self.handlers[number] = signal.signal(number, self.save_on_interrupt)
 
     def save_on_interrupt(self, number, frame):
         """The first signal asks the loop to save after its step; a second one acts at once."""
@@ -625,21 +628,23 @@ class Run:
 
     def log(self, metrics):
         """One line of metrics, a bar for each phase; off a terminal a printed line now and then."""
-        self.step = metrics["step"]
         append_json(self.folder / "metrics.jsonl", metrics | {"peak_gib": peak_gib()})
-        done, phase = (self.step - 1) % self.s.steps, metrics["phase"]
-        if self.bar is None:
-            self.bar = tqdm(total=self.s.steps, initial=done, desc=f"{phase} phase", disable=None)
-        self.bar.set_postfix(reward=f"{metrics['reward_mean']:.2f}", kl=f"{metrics['kl']:.3f}")
-        self.bar.update()
+        self.step, phase = metrics["step"], metrics["phase"]
+        told = {"reward": f"{metrics['reward_mean']:.2f}", "kl": f"{metrics['kl']:.3f}"}
         seconds = sum(value for name, value in metrics.items() if name.startswith("seconds"))
-        if self.bar.disable and self.step % 5 == 1:
-            hours = seconds * (self.s.total - self.step) / 3600
-            print(f"step {self.step}/{self.s.total} {phase}: reward {metrics['reward_mean']:.2f}, "
-                  f"kl {metrics['kl']:.3f}, {seconds:.1f} s a step, {hours:.1f} h left", flush=True)
+
+        # (With disable=None the bar shows on a terminal only.)
+        done = (self.step - 1) % self.s.steps
+        if done == 0 or self.bar is None:
+            self.bar = tqdm(total=self.s.steps, initial=done, desc=f"{phase} phase", disable=None)
+        self.bar.set_postfix(told)
+        self.bar.update()
         if done + 1 == self.s.steps:
             self.bar.close()
-            self.bar = None
+        if self.bar.disable and self.step % 5 in (0, 1):
+            hours = seconds * (self.s.total - self.step) / 3600
+            print(f"step {self.step}/{self.s.total} {phase}: reward {told['reward']}, "
+                  f"kl {told['kl']}, {seconds:.1f} s a step, {hours:.1f} h left", flush=True)
 
         if metrics["nonfinite"]:
             tqdm.write(f"step {self.step} updated nothing: loss or gradient is not finite for "
@@ -661,6 +666,8 @@ class Run:
             if not master.isfinite().all():
                 raise InputError(f"{name} is not finite after step {self.step}: not saved; resume "
                                  f"with a lower --lr")
+
+        # The newest two stay: one may be all there is when the power goes while a third is written.
         with written(self.folder / "checkpoints" / f"step-{self.step:05d}") as new:
             new.mkdir(parents=True)
             for name, group in tensors.items():
@@ -679,7 +686,7 @@ class Run:
         budgets = {key: getattr(self.s, key) for key in evaluation.BUDGETS}
         (self.folder / "phases").mkdir(exist_ok=True)
         with written(self.folder / name) as new:
-            save(self.players.policy, find(self.s.model), new)
+            write_model(self.players.policy, find(self.s.model), new)
             (new / "p2r.json").write_text(json.dumps(budgets))
 
     def __enter__(self):
@@ -687,10 +694,14 @@ class Run:
 
     def __exit__(self, kind, error, trace):
         """Say how to go on, whatever ended the run; after a mistake in the data, save first."""
+        if not self.lock:
+            return
+        self.lock.close()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
         if self.bar:
             self.bar.close()
-        if not self.lock or error is None:
-            return
+
         again = f"go on with: python p2r_min.py --resume {shlex.quote(str(self.folder))}"
         if isinstance(error, InputError) and self.players.frozen:
             self.save()
@@ -700,6 +711,14 @@ class Run:
                              ) from error
         if isinstance(error, (SystemExit, KeyboardInterrupt)):
             print(f"stopped after step {self.step}; {again}")
+
+
+def write_model(policy, source, folder):
+    """An ordinary model folder: bf16 weights, and every other file of the folder `source`."""
+    others = (".*", "*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5")
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns(*others))
+    tensors = {name: p.detach().to(torch.bfloat16) for name, p in policy.named_parameters()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def next_free_folder(model):
@@ -712,6 +731,7 @@ def next_free_folder(model):
 
 def settings_of_run(name, given):
     """The Settings of the run folder `name`, changed by the flags `given` with --resume."""
+    # RUN/final, RUN/phases/... and RUN/checkpoints/... mean RUN.
     folder = Path(name)
     if folder.parent.name in ("checkpoints", "phases"):
         folder = folder.parent.parent
@@ -723,6 +743,8 @@ def settings_of_run(name, given):
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--resume {name}: {folder} is no run folder, for its config.json cannot "
                          f"be read or is not a run's; start it with its own command") from error
+
+    # A given flag wins. Whether it makes sense in the middle of a run is the user's to know.
     for key, value in given.items():
         if value != known[key]:
             print(f"changed: --{key.replace('_', '-')} from {known[key]} to {value}")
@@ -735,13 +757,22 @@ def written(path):
     `path`, which so appears as a whole or not at all."""
     new = path.with_name(path.name + ".new")
     shutil.rmtree(new, ignore_errors=True)
-    yield new
+    try:
+        yield new
+    except Exception:  # half a checkpoint would keep a full disk full
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+
+
+    # Files get the mode that every new file gets here; safetensors makes them private.
     mask = os.umask(0)
     os.umask(mask)
     parts = [new, *new.rglob("*")]
     for part in parts:
         if part.is_file():
-            part.chmod(0o666 & ~mask)  # safetensors gives 0600
+            part.chmod(0o666 & ~mask)
+
+    # What is renamed must be on the disk before its new name is. (Windows flushes no folder.)
     if os.name == "posix":  # Windows cannot flush a folder
         for part in [*parts, path.parent]:
             handle = os.open(part, os.O_RDONLY)
