@@ -11,8 +11,8 @@ import torch
 import transformers
 from PIL import Image
 
+import build_toy
 import rollout
-import toy
 from crop import Box
 
 transformers.logging.set_verbosity_error()
@@ -24,7 +24,7 @@ torch.set_num_threads(2)
 def folder(tmp_path_factory):
     """The toy's architecture with fresh random weights, initialised widely so that logits differ."""
     path = tmp_path_factory.mktemp("models") / "tiny"
-    toy.build_model(path, seed=1)
+    build_toy.build_model(path, seed=1)
     return path
 
 
