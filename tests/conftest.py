@@ -13,9 +13,9 @@ import torch
 import transformers
 from PIL import Image
 
+import build_toy
 import eval as evaluation
 import rollout
-import toy
 from crop import Box, Parsed
 from eval import Score
 from p2r_min import Run, Settings, train
@@ -29,7 +29,7 @@ torch.set_num_threads(2)
 def folder(tmp_path_factory):
     """The toy's architecture with fresh random weights, initialised widely so that logits differ."""
     path = tmp_path_factory.mktemp("models") / "tiny"
-    toy.build_model(path, seed=1)
+    build_toy.build_model(path, seed=1)
     return path
 
 

@@ -227,7 +227,7 @@ def with_palette(mode, colour, **info):
     (of_mode("CMYK", (0, 255, 255, 0)), (255, 0, 0)),
     (of_mode("YCbCr", (76, 85, 255)), (254, 0, 0)),           # red, rounded
     (of_mode("HSV", (0, 255, 255)), (255, 0, 0)),
-    (of_mode("LAB", (255, 128, 128)), (255, 255, 255)),
+    (of_mode("LAB", (128, 128, 128)), (119, 119, 119)),       # half as light: L* 50
     (of_mode("I", 100), (100, 100, 100)),
     (of_mode("I", 25_600), (100, 100, 100)),                  # 16 bits in a wider format
     (of_mode("I", 1_000_000), (255, 255, 255)),
