@@ -102,7 +102,7 @@ def reasoner_prompt(codec, image, boxes, question, answer_form, evidence="both")
     Raises InputError for an unknown answer form.
     """
     if answer_form not in FORMS:
-        raise InputError(f"the answer form {answer_form!r} is unknown; there are {', '.join(FORMS)}")
+        raise InputError(f"the answer form {answer_form!r} is none of {', '.join(FORMS)}")
 
     # Nothing to point at, nothing said about regions.
     if not boxes:
@@ -165,8 +165,11 @@ class Codec:
     def __init__(self, folder, model, max_pixels):
         config = model.config
         self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        template = Path(folder, "chat_template.json")  # some repositories keep it beside
+        if self.tokenizer.chat_template is None and template.is_file():
+            self.tokenizer.chat_template = json.loads(template.read_text())["chat_template"]
         if self.tokenizer.chat_template is None:
-            self.tokenizer.chat_template = separate_chat_template(folder)
+            raise InputError(f"{folder} has no chat template: is it an Instruct model?")
 
         # The PIL back end everywhere: torchvision, where it is installed, resizes a little
         # differently, and then two machines would see different pixels.
@@ -252,10 +255,10 @@ class Codec:
 #
 # A row of the table holds one prompt and the keys and values of its G responses, here G = 2:
 #
-#     column   0 ............. P-1   P    P+1  P+2  P+3  P+4  P+5
-#     row 0   [ prompt, 7 tokens   | a0 | b0 | a1 | b1 | a2 | b2 |    |    |    ]   t = 3
-#     row 1   [ prompt, 4 t. | a0 | b0 |    |    |    |    |    |    |    |    ]    t = 1
-#     row 2   [ free: the next prompt moves in                                 ]
+#     column   0 1 2 3 4 5 6 7 8 9 10 11 12
+#     row 0    p p p p p p p a b a b  a  b  .     P = 7, three tokens each
+#     row 1    p p p p a b . . . . .  .  .  .     P = 4, one token each
+#     row 2    . . . . . . . . . . .  .  .  .     free: the next prompt moves in
 #
 # Token t of response g is in column P + t G + g. So what response g may see follows from (P, t, g)
 # alone: the prompt, and of the columns after it those with its own remainder modulo G. Nothing is
@@ -374,26 +377,6 @@ def draw(logits, banned, greedy, generator):
     return ids, scores.gather(-1, ids[..., None])[..., 0]
 
 
-def penalised(logits, active, penalty, codec):
-    """Evaluation's repetition penalty (CTRL, arXiv 1909.05858), over prompt and response.
-
-    At 1, as in training, the logits (n, G, V) are as they were.
-    """
-    if penalty == 1:
-        return logits
-    past = []
-    for row in active:
-        for response in row.responses:
-            drawn = torch.tensor([token for token, _ in response], dtype=torch.long)
-            past.append(torch.cat([row.prompt.ids, drawn]))
-
-    # Padded with a token that is banned anyway, so that it moves no score.
-    past = pad_sequence(past, batch_first=True, padding_value=codec.banned[0].item())
-    process = RepetitionPenaltyLogitsProcessor(penalty)
-    scores = process(past.to(logits.device), logits.flatten(0, 1).float())      # (n G, V)
-    return scores.view(logits.shape)
-
-
 class Table:
     """Keys and values of all rows, in place of the library's cache.
 
@@ -423,13 +406,13 @@ class Table:
         self.target, self.read = (rows, columns), read
 
     def update(self, keys, values, layer, *_, **__):
-        """The library's attention hands in new keys and values, (n, KV heads, L, head dim), and
-        gets those to attend to, (n, KV heads, columns, head dim)."""
+        """Called by each layer's attention with new keys and values, (n, KV heads, L, head dim).
+        Returns those to attend to, (n, KV heads, columns, head dim)."""
         if layer == len(self.layers):
             shape = (self.rows, self.columns, keys.shape[1], keys.shape[3])
             self.layers.append([keys.new_zeros(shape), values.new_zeros(shape)])
         for stored, new in zip(self.layers[layer], (keys, values)):
-            stored[self.target] = new.transpose(1, 2)                           # (n, L, KV heads, d)
+            stored[self.target] = new.transpose(1, 2)
         if self.read is None:
             return keys, values
         n, width = self.read
@@ -514,12 +497,12 @@ def group_attention(module, query, key, value, mask, scaling, **more):
     query: (B, heads, L, d); key, value: (B, KV heads, columns, d). Three callers, told apart by
     their mask (the library hands 4-D masks through untouched):
 
-    int64 (1, 1, 1, 1 + G)    prefill and training: a layout, the lengths P, R1 .. RG of a prompt and
-                              the responses after it. The prompt is causal, each response sees the
-                              prompt and itself. A dense (L, L) mask does the same, but takes 0.6 GB
-                              at L = 25,000 and keeps SDPA off its flash kernel.
-    float (n, 1, .., columns) a step of the sampler: what `decode` made.
-    bool or None              the library's own, in its `generate`.
+    bool or None               the library's own, in its `generate`.
+    int64 (1, 1, 1, 1 + G)     prefill and training: a layout, the lengths P, R1 .. RG of a prompt
+                               and its responses. The prompt is causal, each response sees the
+                               prompt and itself. A dense (L, L) mask says the same, but takes
+                               0.6 GB at L = 25,000 and keeps SDPA off its flash kernel.
+    float (n, 1, ., columns)   a step of the sampler: what `decode` made.
     """
     if mask is None or mask.dtype == torch.bool:
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **more)
@@ -538,7 +521,7 @@ def group_attention(module, query, key, value, mask, scaling, **more):
 
     # Query heads that share a KV head become further queries of it: repeating the keys instead, as
     # is usual, would copy the table at every step.
-    folded = query.reshape(*key.shape[:2], -1, query.shape[3])                  # (n, KV heads, ., d)
+    folded = query.reshape(*key.shape[:2], -1, query.shape[3])           # (n, KV heads, ., d)
     output = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
     return output.reshape(query.shape).transpose(1, 2), None
 
@@ -609,6 +592,30 @@ def progress(items, text):
 
 
 # ---------------------------------------------------------------------------------------------
+# Evaluation's repetition penalty
+
+
+def penalised(logits, active, penalty, codec):
+    """Evaluation's repetition penalty (CTRL, arXiv 1909.05858), over prompt and response.
+
+    At 1, as in training, the logits (n, G, V) are as they were.
+    """
+    if penalty == 1:
+        return logits
+    past = []
+    for row in active:
+        for response in row.responses:
+            drawn = torch.tensor([token for token, _ in response], dtype=torch.long)
+            past.append(torch.cat([row.prompt.ids, drawn]))
+
+    # Padded with a token that is banned anyway, so that it moves no score.
+    past = pad_sequence(past, batch_first=True, padding_value=codec.banned[0].item())
+    process = RepetitionPenaltyLogitsProcessor(penalty)
+    scores = process(past.to(logits.device), logits.flatten(0, 1).float())      # (n G, V)
+    return scores.view(logits.shape)
+
+
+# ---------------------------------------------------------------------------------------------
 # Errors
 
 
@@ -634,7 +641,7 @@ CACHE = "cache" if NEW_NAME else "past_key_values"
 
 
 class FusedRMSNorm(Qwen3VLTextRMSNorm):
-    """The library's norm as one kernel. Its own is six, a third of all launches of a decode step."""
+    """The library's norm as one kernel; its own is six, a third of a decode step's launches."""
 
     def forward(self, hidden):
         return F.rms_norm(hidden, self.weight.shape, self.weight, self.variance_epsilon)
@@ -689,15 +696,6 @@ def load(folder, max_pixels, device=None):
         raise InputError(f"the model folder {folder} cannot be loaded: "
                          f"{' '.join(str(error).split())}") from error
     return quicken(model).to(device).eval(), codec
-
-
-def separate_chat_template(folder):
-    """Some repositories keep the chat template beside the tokenizer."""
-    file = Path(folder, "chat_template.json")
-    if not file.is_file():
-        raise InputError(f"{folder} has no chat template, neither in its tokenizer_config.json nor "
-                         f"as chat_template.json: is it an Instruct model?")
-    return json.loads(file.read_text())["chat_template"]
 
 
 TEXT_TOKENS = 512  # room for the text of a prompt. At the paper's budget of 2048 visual tokens an
@@ -769,9 +767,9 @@ def find(name, flag="--model", kind="model"):
         folder = Path(snapshot_download(repository, repo_type=kind, allow_patterns=[
             inside, f"{inside}/*"] if inside else None))
     except Exception as error:  # the hub's many errors share no narrower class across its versions
-        raise InputError(f"{flag} {name}: there is no such file or folder, and the hub did not give "
-                         f"it ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-                         ) from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise InputError(f"{flag} {name}: there is no such file or folder, and the hub did not "
+                         f"give it ({reason})") from error
     if not (folder / inside).exists():
         raise InputError(f"{flag} {name}: the hub's {repository} has no {inside}")
     return folder / inside
@@ -797,9 +795,10 @@ def refuse_several(name, flag, repository, inside):
 
 
 def cached(name, fill):
-    """The folder `name` in ~/.cache/p2r-min (or $XDG_CACHE_HOME), made once by fill(folder) -> Path.
+    """The folder `name` in ~/.cache/p2r-min (or $XDG_CACHE_HOME), made once by fill(folder).
 
-    It appears under its name only when it is complete. Raises InputError where it cannot be written.
+    Returns its Path. It appears under its name only when it is complete. Raises InputError where it
+    cannot be written.
     """
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "p2r-min" / name
     if folder.exists():
