@@ -683,7 +683,8 @@ class Run:
 
     def save_model(self, name):
         """The policy as a bf16 model folder, with the budgets that eval.py takes over."""
-        budgets = {key: getattr(self.s, key) for key in evaluation.BUDGETS}
+        shared = ("max_pixels", "perceive_tokens", "reason_tokens", "evidence")
+        budgets = {setting: getattr(self.s, setting) for setting in shared}
         (self.folder / "phases").mkdir(exist_ok=True)
         with written(self.folder / name) as new:
             write_model(self.players.policy, find(self.s.model), new)
@@ -825,4 +826,4 @@ def peak_gib():
 
 
 if __name__ == "__main__":
-    evaluation.run_program("p2r_min.py", main)
+    sys.exit(evaluation.run_program("p2r_min.py", main))
