@@ -167,7 +167,7 @@ LONGEST = 1000  # characters. A longer text is no answer but an essay, and not r
 
 # With these an answer takes itself back, or keeps a second way open. It earns nothing.
 DOUBT = re.compile(r"\b(?:not|nor|neither|none|never|or|either|maybe|perhaps|possibly|might|may|could"
-                   r"|cannot|unsure|unclear|unknown|wrong|incorrect|wait|except|instead|rather|but"
+                   r"|cannot|unsure|unclear|unlikely|unknown|doubt|wrong|incorrect|wait|except|instead|rather|but"
                    r"|no(?!\.?\ ?\d))\b|n't\b|n/a\b|\bn\.a\b|[?不非]", re.IGNORECASE)
 
 # A letter names an option where it comes first, in brackets, or after one of a few words, and if
