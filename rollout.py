@@ -1,19 +1,20 @@
-"""One model, two roles: prompts, encoding, sampling, and the verbs `perceive` and `reason`.
+"""One model, two roles: prompts, sampling, and the verbs `perceive` and `reason`.
 
-    Perceiver: whole image + question                    -> JSON list of boxes
-    Reasoner:  annotated image + crops + question        -> <think>..</think><answer>..</answer>
+    Perceiver: whole image + question                 -> JSON list of boxes
+    Reasoner:  annotated image + crops + question     -> <think>..</think><answer>..</answer>
 
-Everything that the trainer needs later leaves this module as ids and log-probs, so what is trained
-is exactly what was sampled; text exists only for parsing and for rewards.
+What the trainer needs later leaves this module as token ids and log-probs, so what is trained is
+exactly what was sampled. Text exists only for parsing and for rewards.
 
 Shapes, here and in grpo.py: Q questions, G samples a group, P prompt tokens, R response tokens,
-V vocabulary, B = rows in a batch.
+V vocabulary; here also n, the rows of the sampler's table that are in use.
 
 Paper: arXiv 2607.01191. The two roles and their inputs are its inference pipeline; the wording of
 the prompts is ours.
 """
 
 import contextlib
+import inspect
 import itertools
 import json
 import os
@@ -22,41 +23,30 @@ import shutil
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import snapshot_download
+from huggingface_hub import list_repo_files, snapshot_download
+from PIL import Image
 from safetensors import SafetensorError
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig, AutoTokenizer, Qwen2VLImageProcessorPil,
-                          Qwen3VLForConditionalGeneration, RepetitionPenaltyLogitsProcessor)
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig, AutoTokenizer,
+                          Qwen2VLImageProcessorPil, Qwen3VLForConditionalGeneration,
+                          RepetitionPenaltyLogitsProcessor)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+from transformers.models.qwen3_vl.modeling_qwen3_vl import (
+    Qwen3VLModel, Qwen3VLTextRMSNorm, Qwen3VLVisionPatchEmbed)
 
-from crop import MAX_CROPS, PLACEHOLDER, gather
-
-
-class InputError(ValueError):
-    """Something a user can mend. The message is one sentence; the programs print it and exit with 2."""
-
-
-@contextlib.contextmanager
-def out_of_memory(doing, remedy):
-    """Turns a GPU that is out of memory into an InputError that names the remedy."""
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError as error:
-        raise InputError(f"the GPU's memory ran out while {doing}: {remedy}") from error
-
+from crop import MAX_CROPS, PLACEHOLDER, gather, parse_boxes
 
 # ---------------------------------------------------------------------------------------------
-# Prompts. Training and evaluation use the same ones. (toy.py's warm start was trained on these
-# exact sentences: whoever changes one rebuilds it with `python toy.py`.)
+# The prompts. Training and evaluation use the same ones. (The toy's tokenizer and its warm start
+# were made for these exact sentences: whoever changes one rebuilds them, tests/build_toy.py.)
 
 SYSTEM = "You are a helpful assistant."
 
@@ -69,8 +59,8 @@ Coordinates go from 0 to 1000, relative to the width and the height of the image
 If the whole image is needed, reply [].""" % PLACEHOLDER
 
 REGIONS = {  # what the Reasoner is told of its evidence; without boxes nothing
-    "both": """Coloured boxes in the first image mark the regions that matter. The images after it \
-show the first of them enlarged, in this order: red, green, blue.
+    "both": """Coloured boxes in the first image mark the regions that matter. The images after \
+it show the first of them enlarged, in this order: red, green, blue.
 
 """,
     "annotated": """Coloured boxes in the image mark the regions that matter.
@@ -106,16 +96,20 @@ def perceiver_prompt(codec, image, question):
 def reasoner_prompt(codec, image, boxes, question, answer_form, evidence="both"):
     """The Reasoner's prompt: annotated image, crops, question.
 
-    evidence: "both", or only the "annotated" image, only the "crops", or "none" of them (the paper's
-    comparison). Without boxes, or with "none", it is the plain image and a prompt that does not
-    mention regions; that is also the baseline "think and answer on the plain image".
+    evidence: "both", or only the "annotated" image, only the "crops", or "none" of them (the
+    paper's comparison). Without boxes, or with "none", it is the plain image and a prompt that does
+    not mention regions; that is also the baseline "think and answer on the plain image".
+    Raises InputError for an unknown answer form.
     """
-    if not boxes or evidence == "none":
-        boxes, evidence = (), "none"
-    annotated, crops = gather(image, boxes)
     if answer_form not in FORMS:
         raise InputError(f"the answer form {answer_form!r} is unknown; there are {', '.join(FORMS)}")
-    images = {"both": [annotated, *crops], "annotated": [annotated], "crops": crops, "none": [image]}[evidence]
+
+    # Nothing to point at, nothing said about regions.
+    if not boxes:
+        evidence = "none"
+    annotated, crops = gather(image, boxes)
+    images = {"both": [annotated, *crops], "annotated": [annotated],
+              "crops": crops, "none": [image]}[evidence]
     text = REASONER.format(regions=REGIONS[evidence], question=question, form=FORMS[answer_form])
     return codec.encode(text, images)
 
@@ -125,33 +119,8 @@ def direct_prompt(codec, image, question, answer_form):
     return codec.encode(DIRECT.format(question=question, form=FORMS[answer_form]), [image])
 
 
-def fitting(codec, examples, text_tokens, response_tokens, skip=False):
-    """The examples whose prompts are not too long. The others are counted, the first ten listed: in a line that is printed
-    where `skip` leaves them out, else in an InputError. No pixels are read.
-
-    With V = the pixel budget in visual tokens, the Perceiver's prompt has room for V + text_tokens, the Reasoner's (image
-    and three crops) for 4 V + text_tokens, visual tokens counted (crops as V), and prompt + response for the model's positions.
-    At the paper's budget V = 2048: the default of 512 gives its limits, 2560 and 8704.
-    """
-    budget, long = codec.size["longest_edge"] // codec.token_side**2, {}
-    for e in examples:
-        reasoner = REASONER.format(regions=REGIONS["both"], question=e.question, form=FORMS[e.answer_form])
-        for text, crops in ((PERCEIVER.format(question=e.question), 0), (reasoner, MAX_CROPS)):
-            words = len(codec.tokenizer(codec.render(text, 0), add_special_tokens=False)["input_ids"]) + 2  # around the image
-            tokens = words + codec.visual_tokens(*e.size) + crops * (budget + 2)
-            limit = min((1 + crops) * budget + text_tokens, codec.positions - response_tokens)
-            if tokens > limit:
-                long[e] = f"{e.id} ({tokens} tokens, {limit} allowed)"
-    if long:
-        told = f"{len(long)} of {len(examples)} questions make prompts that are too long: {', '.join([*long.values()][:10])}"
-        if not skip or len(long) == len(examples):
-            raise InputError(f"{told}; shorten them, leave them out with --skip-bad, or raise --text-tokens")
-        print(f"skipped: {told}")
-    return [e for e in examples if e not in long]
-
-
 # ---------------------------------------------------------------------------------------------
-# Text and images <-> tensors
+# A prompt as tensors, and what is sampled from it
 
 
 @dataclass
@@ -166,14 +135,15 @@ class Prompt:
 @dataclass
 class Completion:
     """One sampled response."""
-    ids: torch.Tensor    # (R,) the end token included, where there is one
-    logps: torch.Tensor  # (R,) the sampler's log-probs, float32
-    ended: bool          # False: cut off by the token limit
+    ids: torch.Tensor      # (R,) the end token included, where there is one
+    logps: torch.Tensor    # (R,) the sampler's log-probs, float32
+    ended: bool            # False: cut off by the token limit
     text: str
+    parsed: object = None  # crop.Parsed, if it comes from `perceive`
 
     def __str__(self):
         """The text as people are shown it."""
-        return self.text + ("" if self.ended else " [cut off by the token limit]")
+        return self.text if self.ended else self.text + " [cut off by the token limit]"
 
 
 @dataclass
@@ -187,99 +157,643 @@ class Codec:
     """Encodes text and images for one model, and decodes its tokens.
 
     max_pixels: the budget *per image*, the whole image and each crop alike (paper: 2,097,152 in
-    training). Larger images are scaled down to it, images under min_pixels are scaled up.
+    training). Larger images are scaled down to it. Smaller ones are scaled up to the checkpoint's
+    own `shortest_edge` (an area, 65,536 px for Qwen3-VL), as the authors' loaders do in effect.
     Raises InputError if the budget is smaller than one visual token.
     """
 
-    def __init__(self, folder, model, max_pixels, min_pixels=4096):
+    def __init__(self, folder, model, max_pixels):
+        config = model.config
         self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        if self.tokenizer.chat_template is None:  # some repositories keep it beside the tokenizer
-            template = Path(folder, "chat_template.json")
-            if not template.is_file():
-                raise InputError(f"{folder} has no chat template, neither in its tokenizer_config.json nor as "
-                                 f"chat_template.json: is it an Instruct model?")
-            self.tokenizer.chat_template = json.loads(template.read_text())["chat_template"]
+        if self.tokenizer.chat_template is None:
+            self.tokenizer.chat_template = separate_chat_template(folder)
+
         # The PIL back end everywhere: torchvision, where it is installed, resizes a little
         # differently, and then two machines would see different pixels.
         self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
-        vision = model.config.vision_config
-        self.merge = vision.spatial_merge_size
-        self.token_side = side = vision.patch_size * self.merge
+        self.merge = config.vision_config.spatial_merge_size
+        self.token_side = side = config.vision_config.patch_size * self.merge
         if max_pixels < side**2:
-            raise InputError(f"--max-pixels {max_pixels} is smaller than one visual token of this model, which "
-                             f"covers {side} x {side} = {side**2} pixels; raise it")
-        self.size = {"shortest_edge": min(min_pixels, max_pixels), "longest_edge": max_pixels}  # areas!
-        self.image_token = self.tokenizer.convert_ids_to_tokens(model.config.image_token_id)
-        self.image_token_id = model.config.image_token_id
+            raise InputError(f"--max-pixels {max_pixels} is smaller than one visual token of this "
+                             f"model, which covers {side} x {side} = {side**2} pixels; raise it")
+        least = min(self.image_processor.size["shortest_edge"], max_pixels)
+        self.size = {"shortest_edge": least, "longest_edge": max_pixels}  # areas, not edges!
+
         # A policy can sample vision ids, which would break its next forward: they are banned when
         # sampling, and in the scored distribution too (grpo.response_logprobs).
-        self.banned = torch.tensor([model.config.image_token_id, model.config.video_token_id,
-                                    model.config.vision_start_token_id, model.config.vision_end_token_id])
+        self.image_token_id = config.image_token_id
+        self.image_token = self.tokenizer.convert_ids_to_tokens(config.image_token_id)
+        self.banned = torch.tensor([config.image_token_id, config.video_token_id,
+                                    config.vision_start_token_id, config.vision_end_token_id])
+
         # Qwen ends on <|im_end|> *or* <|endoftext|>. Nothing else is taken from generation_config:
         # its top_k, top_p and temperature would silently change the sampled distribution.
         ends = model.generation_config.eos_token_id
         ends = set(ends if isinstance(ends, list) else [ends]) | {self.tokenizer.eos_token_id}
         self.stop_ids = torch.tensor(sorted(ends - {None}))
-        self.position_ids = model.model.get_rope_index  # the library's own M-RoPE; reads the config only
-        self.positions = model.config.get_text_config().max_position_embeddings
+
+        self.position_ids = model.model.get_rope_index  # the library's M-RoPE; reads config only
+        self.positions = config.get_text_config().max_position_embeddings
         self.dtype = model.dtype
 
-    def check(self, questions):
-        """Raises InputError for a question that contains the model's image token."""
-        for text in questions:
-            if self.image_token in text:
-                raise InputError(f"a question contains {self.image_token}, which stands for an image: {text[:80]!r}; remove it")
-
     def encode(self, text, images):
-        """One user turn of images, then text -> Prompt. Raises InputError as `check` does."""
-        self.check([text])
-        pieces = self.render(text, len(images)).split(self.image_token)
+        """One user turn of images, then text -> Prompt.
+
+        Raises InputError if the text contains the token that stands for an image.
+        """
+        if self.image_token in text:
+            raise InputError(f"a question contains {self.image_token}, which stands for an image: "
+                             f"{text[:80]!r}; remove it")
+
+        # Images become patches; in the text an image token becomes as many as it has visual tokens.
         vision = self.image_processor(images=images, size=self.size, return_tensors="pt")
-        counts = (vision["image_grid_thw"].prod(dim=1) // self.merge**2).tolist()  # visual tokens per image
-        expanded = pieces[0] + "".join(self.image_token * n + piece for n, piece in zip(counts, pieces[1:]))
+        counts = vision["image_grid_thw"].prod(dim=1) // self.merge**2          # (images,)
+        expanded, *pieces = self.render(text, len(images)).split(self.image_token)
+        for count, piece in zip(counts.tolist(), pieces):
+            expanded += self.image_token * count + piece
         ids = torch.tensor(self.tokenizer(expanded, add_special_tokens=False)["input_ids"])  # (P,)
+
+        # Positions count once along the text, and along height and width inside an image.
         positions, _ = self.position_ids(
             ids[None], mm_token_type_ids=(ids == self.image_token_id).int()[None],
-            image_grid_thw=vision["image_grid_thw"])
-        return Prompt(ids, positions[:, 0], vision["pixel_values"].to(self.dtype), vision["image_grid_thw"])
+            image_grid_thw=vision["image_grid_thw"])                            # (3, 1, P)
+        return Prompt(ids, positions[:, 0], vision["pixel_values"].to(self.dtype),
+                      vision["image_grid_thw"])
 
     def render(self, text, images):
         """One user turn -> the chat template's text, with one image token for each image."""
         content = [{"type": "image"}] * images + [{"type": "text", "text": text}]
         messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
-    def visual_tokens(self, width, height):
-        """Visual tokens of an image of this size, by the library's own arithmetic."""
-        patches = self.image_processor.get_number_of_image_patches(height, width, {
-            "min_pixels": self.size["shortest_edge"], "max_pixels": self.size["longest_edge"]})
-        return patches // self.merge**2
+        return self.tokenizer.apply_chat_template(messages, tokenize=False,
+                                                  add_generation_prompt=True)
 
     def decode(self, ids):
         """Token ids -> text without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
+    def visual_tokens(self, width, height):
+        """Visual tokens of an image of this size, by the library's own arithmetic."""
+        width, height = self._scaled_size(width, height)
+        return width * height // self.token_side**2
+
+    def scaled(self, image):
+        """The image with the pixels that the model sees."""
+        return image.resize(self._scaled_size(*image.size),
+                            Image.Resampling(self.image_processor.resample))
+
+    def _scaled_size(self, width, height):
+        height, width = smart_resize(height, width, self.token_side, self.size["shortest_edge"],
+                                     self.size["longest_edge"])
+        return width, height
+
+
+# ---------------------------------------------------------------------------------------------
+# The sampler: a table of rows
+#
+# A row of the table holds one prompt and the keys and values of its G responses, here G = 2:
+#
+#     column   0 ............. P-1   P    P+1  P+2  P+3  P+4  P+5
+#     row 0   [ prompt, 7 tokens   | a0 | b0 | a1 | b1 | a2 | b2 |    |    |    ]   t = 3
+#     row 1   [ prompt, 4 t. | a0 | b0 |    |    |    |    |    |    |    |    ]    t = 1
+#     row 2   [ free: the next prompt moves in                                 ]
+#
+# Token t of response g is in column P + t G + g. So what response g may see follows from (P, t, g)
+# alone: the prompt, and of the columns after it those with its own remainder modulo G. Nothing is
+# padded on the left, and prompts of any length, each at a t of its own, share one decode step.
+#
+# When all responses of a row have ended, the row is harvested and the next prompt moves in. So a
+# long response holds up its own row only, and the number of decode steps is close to
+# (sum over prompts of the longest response) / rows.
+
+PREFILL = 16_384  # prompt tokens in one forward at most (one prompt at least): bounds its memory
+STRIDE = 64       # the columns that attention reads are rounded up to this: few shapes
+
+
+class InProgress:
+    """What a row in use holds: a prompt, and its G responses so far."""
+
+    def __init__(self, order, prompt, group):
+        self.order = order              # the prompt's number: groups come out in the order asked
+        self.prompt = prompt
+        self.P = len(prompt.ids)
+        self.start = prompt.positions.max().item() + 1  # the position of every response's token 0
+        self.t = 0                      # tokens drawn so far by the responses that are alive
+        self.newest = []                # (G,) ids drawn last. Those of ended responses are fed to
+        #                                 the model like the others, but they are not kept.
+        self.alive = set(range(group))  # the responses that have not ended
+        self.responses = [[] for _ in range(group)]     # (token id, log-prob) pairs
+
+    def take(self, ids, logps, stops, max_tokens):
+        """Note one token of each response; those that end with it are no longer alive."""
+        self.newest = ids
+        self.t += 1
+        for g in sorted(self.alive):
+            self.responses[g].append((ids[g], logps[g]))
+            if ids[g] in stops or self.t == max_tokens:
+                self.alive.remove(g)
+
+    def group(self, codec):
+        """The finished row as a Group."""
+        completions = []
+        for response in self.responses:
+            ids, logps = zip(*response)
+            ids, logps = torch.tensor(ids), torch.tensor(logps)                 # (R,) each
+            ended = torch.isin(ids[-1], codec.stop_ids).item()
+            completions.append(Completion(ids, logps, ended, codec.decode(ids)))
+        return Group(self.prompt, completions)
+
+
+@torch.no_grad()
+def sample(model, codec, prompts, *, group=1, greedy=False, max_tokens, rows, generator=None,
+           penalty=1.0):
+    """Sample `group` completions for every prompt. Yields one Group per prompt, in order.
+
+    prompts: any iterable; a prompt is read when a row is free for it. rows: rows of the table.
+    greedy=False is the pure distribution: temperature 1, no top-k, no top-p. It is also what the
+    loss scores, so the log-probs of the two agree (metric `sampler_gap`). penalty: evaluation's
+    repetition penalty, see `penalised`; training has none.
+    Raises InputError if the model's output is not a number, or the GPU's memory runs out.
+    """
+    model.eval()  # in train mode activation checkpointing would drop the table
+    stops = set(codec.stop_ids.tolist())
+    banned = codec.banned.to(model.device)
+    prompts = enumerate(prompts)
+    table, active = Table(), []  # the rows in use are always the first ones of the table
+    finished, due = {}, 0        # groups that wait for an earlier one, and which one is next
+
+    with out_of_memory("sampling", "halve --rollout-batch and --partner-batch (after that, in a "
+                                   "new run, --max-pixels or --reason-tokens)"):
+        while True:
+            # 1. Free rows take the next prompts. What their prefill predicts is the first token
+            #    of all G responses; older rows are in the middle of theirs.
+            taken = itertools.islice(prompts, rows - len(active))
+            newcomers = [InProgress(order, prompt, group) for order, prompt in taken]
+            if newcomers:
+                columns = max(row.P for row in newcomers) + group * max_tokens
+                table.reserve(len(newcomers), columns)
+                first = prefill(model, table, len(active), newcomers)           # (new, V)
+                first = first[:, None].expand(-1, group, -1)                    # (new, G, V)
+                logits = torch.cat([logits, first]) if active else first        # (n, G, V)
+                active += newcomers
+            if not active:
+                return
+
+            # 2. Every response draws a token.
+            logits = penalised(logits, active, penalty, codec)
+            ids, logps = draw(logits, banned, greedy, generator)                # (n, G) each
+            for row, row_ids, row_logps in zip(active, ids.tolist(), logps.tolist()):
+                row.take(row_ids, row_logps, stops, max_tokens)
+
+            # 3. Finished rows are harvested. The last row in use moves to the place of a finished
+            #    one: the rows in use stay together, and a decode step computes nothing else.
+            for place in reversed(range(len(active))):
+                row = active[place]
+                if not row.alive:
+                    finished[row.order] = row.group(codec)
+                    active[place] = active[-1]
+                    active.pop()
+                    if place < len(active):
+                        table.move(len(active), place)
+            while due in finished:
+                yield finished.pop(due)
+                due += 1
+
+            # 4. One forward of the rows that go on.
+            if active:
+                logits = decode(model, table, active)                           # (n, G, V)
+
+
+def draw(logits, banned, greedy, generator):
+    """One token for each response, and its log-prob. logits: (n, G, V). Returns (n, G) twice."""
+    scores = logits.float().index_fill(-1, banned, float("-inf")).log_softmax(-1)   # (n, G, V)
+    if greedy:
+        ids = scores.argmax(-1)                                                 # (n, G)
+    else:
+        flat = scores.exp().flatten(0, 1)                                       # (n G, V)
+        ids = torch.multinomial(flat, 1, generator=generator).view(scores.shape[:2])
+    return ids, scores.gather(-1, ids[..., None])[..., 0]
+
+
+def penalised(logits, active, penalty, codec):
+    """Evaluation's repetition penalty (CTRL, arXiv 1909.05858), over prompt and response.
+
+    At 1, as in training, the logits (n, G, V) are as they were.
+    """
+    if penalty == 1:
+        return logits
+    past = []
+    for row in active:
+        for response in row.responses:
+            drawn = torch.tensor([token for token, _ in response], dtype=torch.long)
+            past.append(torch.cat([row.prompt.ids, drawn]))
+
+    # Padded with a token that is banned anyway, so that it moves no score.
+    past = pad_sequence(past, batch_first=True, padding_value=codec.banned[0].item())
+    process = RepetitionPenaltyLogitsProcessor(penalty)
+    scores = process(past.to(logits.device), logits.flatten(0, 1).float())      # (n G, V)
+    return scores.view(logits.shape)
+
+
+class Table:
+    """Keys and values of all rows, in place of the library's cache.
+
+    Every layer's are allocated once, and only a longer prompt than all before makes them grow.
+    """
+
+    def __init__(self):
+        self.rows = self.columns = 0
+        self.layers = []  # [keys, values] of each layer, both (rows, columns, KV heads, head dim)
+
+    def reserve(self, rows, columns):
+        """Make room for rows of `columns` columns. The first call decides how many rows: it comes
+        with as many prompts as there are, or with as many as there are rows."""
+        self.rows = self.rows or rows
+        if columns > self.columns:
+            # By a quarter at least, so that it happens rarely; layer by layer, so that two tables
+            # never exist at once. Zeros, because attention multiplies what it does not see by 0.
+            columns = max(columns, self.columns * 5 // 4)
+            self.columns = -(-columns // STRIDE) * STRIDE
+            for layer in self.layers:
+                for i, old in enumerate(layer):
+                    layer[i] = F.pad(old, (0, 0, 0, 0, 0, self.columns - old.shape[1]))
+
+    def aim(self, rows, columns, read=None):
+        """Where the next forward writes (indices that broadcast to (n, L)), and what it attends to:
+        the first n rows and w columns of the table if read = (n, w), else only what it writes."""
+        self.target, self.read = (rows, columns), read
+
+    def update(self, keys, values, layer, *_, **__):
+        """The library's attention hands in new keys and values, (n, KV heads, L, head dim), and
+        gets those to attend to, (n, KV heads, columns, head dim)."""
+        if layer == len(self.layers):
+            shape = (self.rows, self.columns, keys.shape[1], keys.shape[3])
+            self.layers.append([keys.new_zeros(shape), values.new_zeros(shape)])
+        for stored, new in zip(self.layers[layer], (keys, values)):
+            stored[self.target] = new.transpose(1, 2)                           # (n, L, KV heads, d)
+        if self.read is None:
+            return keys, values
+        n, width = self.read
+        return [stored[:n, :width].transpose(1, 2) for stored in self.layers[layer]]
+
+    def move(self, source, target):
+        """Copy a row over another one."""
+        for layer in self.layers:
+            for stored in layer:
+                stored[target] = stored[source]
+
+
+def prefill(model, table, place, newcomers):
+    """Read new prompts into the table's rows from `place` on. Returns next-token logits (n, V).
+
+    Prompts are padded on the right: no token sees what comes after it, so plain causal attention
+    hides the padding, and responses later overwrite it.
+    """
+    parts, size = [], max(1, PREFILL // max(row.P for row in newcomers))
+    for start in range(0, len(newcomers), size):
+        prompts = [row.prompt for row in newcomers[start:start + size]]
+        inputs = right_padded(prompts, model.device)
+        n, P = inputs["input_ids"].shape
+        rows = torch.arange(place + start, place + start + n, device=model.device)
+        table.aim(rows[:, None], torch.arange(P, device=model.device))
+
+        # A layout (see group_attention) of a prompt without responses means: causal.
+        hidden = model.model(**inputs, attention_mask=torch.tensor([[[[P]]]]), use_cache=True,
+                             **{CACHE: table}).last_hidden_state                # (n, P, hidden)
+        last = torch.tensor([len(prompt.ids) - 1 for prompt in prompts], device=model.device)
+        parts.append(model.lm_head(hidden[torch.arange(n, device=model.device), last]))
+    logits = torch.cat(parts)
+    if logits.isnan().any():
+        raise InputError("the model's output is not a number for one of these prompts: its weights "
+                         "are damaged, or an image overflows its number format")
+    return logits
+
+
+def right_padded(prompts, device):
+    """n Prompts -> one batch of model inputs, (n, P) tokens, padded on the right."""
+    ids = pad_sequence([p.ids for p in prompts], batch_first=True)              # (n, P)
+    positions = pad_sequence([p.positions.T for p in prompts], batch_first=True)    # (n, P, 3)
+    return {"input_ids": ids.to(device),
+            "position_ids": positions.permute(2, 0, 1).to(device),
+            "pixel_values": torch.cat([p.pixels for p in prompts]).to(device),
+            "image_grid_thw": torch.cat([p.grids for p in prompts]).to(device)}
+
+
+def decode(model, table, active):
+    """One step: each response's newest token goes in. Returns next-token logits (n, G, V)."""
+    n, G, device = len(active), len(active[0].responses), model.device
+    newest = torch.tensor([row.newest for row in active], device=device)        # (n, G)
+    facts = torch.tensor([(row.P, row.t - 1, row.start) for row in active], device=device)
+    P, t, start = facts.T[:, :, None]                                           # (n, 1) each
+    own = P + t * G + torch.arange(G, device=device)                            # (n, G) columns
+
+    # What a response sees, by the arithmetic of the drawing. The mask is made once a step in the
+    # form in which attention adds it: the query heads that share a KV head are further queries.
+    width = max(row.P + row.t * G for row in active)
+    width = -(-width // STRIDE) * STRIDE
+    columns = torch.arange(width, device=device)
+    back = own[:, :, None] - columns                                            # (n, G, width)
+    seen = (columns < P[:, :, None]) | ((back >= 0) & (back % G == 0))
+    mask = torch.zeros(seen.shape, dtype=model.dtype, device=device)
+    mask = mask.masked_fill(~seen, float("-inf"))
+    config = model.config.get_text_config()
+    mask = mask.repeat(1, config.num_attention_heads // config.num_key_value_heads, 1)[:, None]
+
+    # All three axes of a text token's position are equal, and count on from the prompt's highest.
+    table.aim(torch.arange(n, device=device)[:, None], own, read=(n, width))
+    return model(input_ids=newest, position_ids=(start + t).expand(3, n, G), attention_mask=mask,
+                 use_cache=True, **{CACHE: table}).logits
+
+
+# ---------------------------------------------------------------------------------------------
+# Attention for responses that share a prompt
+
+
+def group_attention(module, query, key, value, mask, scaling, **more):
+    """Attention for G responses that share a prompt. Returns ((B, L, heads, d), None).
+
+    query: (B, heads, L, d); key, value: (B, KV heads, columns, d). Three callers, told apart by
+    their mask (the library hands 4-D masks through untouched):
+
+    int64 (1, 1, 1, 1 + G)    prefill and training: a layout, the lengths P, R1 .. RG of a prompt and
+                              the responses after it. The prompt is causal, each response sees the
+                              prompt and itself. A dense (L, L) mask does the same, but takes 0.6 GB
+                              at L = 25,000 and keeps SDPA off its flash kernel.
+    float (n, 1, .., columns) a step of the sampler: what `decode` made.
+    bool or None              the library's own, in its `generate`.
+    """
+    if mask is None or mask.dtype == torch.bool:
+        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **more)
+
+    if mask.dtype == torch.long:
+        P, *lengths = mask.flatten().tolist()
+        q, k, v = (part.split([P, *lengths], dim=2) for part in (query, key, value))
+        how = dict(scale=scaling, enable_gqa=True)
+        parts = [F.scaled_dot_product_attention(q[0], k[0], v[0], is_causal=True, **how)]
+        for i, R in enumerate(lengths, start=1):
+            keys = torch.cat([k[0], k[i]], dim=2)                               # (1, ., P + R, d)
+            values = torch.cat([v[0], v[i]], dim=2)
+            parts.append(F.scaled_dot_product_attention(
+                q[i], keys, values, attn_mask=causal_lower_right(R, P + R), **how))
+        return torch.cat(parts, dim=2).transpose(1, 2), None
+
+    # Query heads that share a KV head become further queries of it: repeating the keys instead, as
+    # is usual, would copy the table at every step.
+    folded = query.reshape(*key.shape[:2], -1, query.shape[3])                  # (n, KV heads, ., d)
+    output = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
+    return output.reshape(query.shape).transpose(1, 2), None
+
+
+AttentionInterface.register("group", group_attention)
+AttentionMaskInterface.register("group", sdpa_mask)  # the library's masks, where it makes one
+
+
+# ---------------------------------------------------------------------------------------------
+# The two verbs, and the baseline. An `example` has .load_image(), .question and .answer_form.
+
+
+def perceive(model, codec, examples, **how):
+    """Examples -> one Group of box lists each; every completion has its boxes in `.parsed`.
+
+    `how` goes to `sample`. Used in training, where one role is sampled and the other is greedy,
+    and in evaluation.
+    """
+    def prompt(example):
+        return perceiver_prompt(codec, example.load_image(), example.question)
+
+    for group in sample(model, codec, prefetch(prompt, examples), **how):
+        for completion in group.completions:
+            completion.parsed = parse_boxes(completion.text)
+        yield group
+
+
+def reason(model, codec, cases, evidence="both", **how):
+    """(example, boxes) pairs -> one Group of answers each. `how` goes to `sample`."""
+    def prompt(case):
+        example, boxes = case
+        return reasoner_prompt(codec, example.load_image(), boxes, example.question,
+                               example.answer_form, evidence)
+
+    return sample(model, codec, prefetch(prompt, cases), **how)
+
+
+def direct(model, codec, examples, **how):
+    """Examples -> one Group of immediate answers each. `how` goes to `sample`."""
+    def prompt(example):
+        return direct_prompt(codec, example.load_image(), example.question, example.answer_form)
+
+    return sample(model, codec, prefetch(prompt, examples), **how)
+
+
+# ---------------------------------------------------------------------------------------------
+# From here on: what the method needs but does not explain. Skip it on a first reading.
+#
+# Work beside the model
+
+
+def prefetch(make, items, depth=16):
+    """map(make, items), made in threads while the model works. An image of eight megapixels and its
+    crops take 1.7 seconds to prepare; `depth` bounds how many wait in memory."""
+    items = iter(items)
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        waiting = deque(pool.submit(make, item) for item in itertools.islice(items, depth))
+        while waiting:
+            made = waiting.popleft().result()
+            for item in itertools.islice(items, 1):
+                waiting.append(pool.submit(make, item))
+            yield made
+
+
+def progress(items, text):
+    """A progress bar for what takes longer than a few seconds; it leaves no trace."""
+    return tqdm(list(items), text, leave=False, delay=5, unit="prompt")
+
+
+# ---------------------------------------------------------------------------------------------
+# Errors
+
+
+class InputError(ValueError):
+    """Something a user can mend. The message is one sentence; the programs print it and exit 2."""
+
+
+@contextlib.contextmanager
+def out_of_memory(doing, remedy):
+    """Turns a GPU that is out of memory into an InputError that names the remedy."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise InputError(f"the GPU's memory ran out while {doing}: {remedy}") from error
+
+
+# ---------------------------------------------------------------------------------------------
+# Loading a model
+
+# The library's name for the cache that a forward takes; the old one is gone from 5.40 on.
+NEW_NAME = "cache" in inspect.signature(Qwen3VLModel.forward).parameters
+CACHE = "cache" if NEW_NAME else "past_key_values"
+
+
+class FusedRMSNorm(Qwen3VLTextRMSNorm):
+    """The library's norm as one kernel. Its own is six, a third of all launches of a decode step."""
+
+    def forward(self, hidden):
+        return F.rms_norm(hidden, self.weight.shape, self.weight, self.variance_epsilon)
+
+
+class LinearPatchEmbed(Qwen3VLVisionPatchEmbed):
+    """The library's patch embedding: a convolution over exactly one patch is a linear layer on the
+    same parameter, and bf16 Conv3d is reported at seconds a call on an H100."""
+
+    def forward(self, patches):
+        weight = self.proj.weight.flatten(1)                                    # (hidden, patch)
+        return F.linear(patches.to(weight.dtype), weight, self.proj.bias)
+
+
+def quicken(model):
+    """Swap these two in. Parameters and their names stay, so checkpoints do, too."""
+    quick = {Qwen3VLTextRMSNorm: FusedRMSNorm, Qwen3VLVisionPatchEmbed: LinearPatchEmbed}
+    for module in model.modules():
+        module.__class__ = quick.get(type(module), type(module))
+    return model
+
+
+def load(folder, max_pixels, device=None):
+    """A local Qwen3-VL folder -> (model in eval mode, Codec).
+
+    bf16 on a GPU, float32 on a CPU; without `device` on a GPU if there is one. Raises InputError
+    where the folder is not a Qwen3-VL checkpoint or the budget is too small.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} is not a model folder: it has no config.json")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    # On Hopper cuDNN is the first choice of PyTorch's attention. It makes a plan for every new
+    # shape, and with prompts and responses of all lengths nearly every shape is new.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        kind = AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type
+        if kind != "qwen3_vl":
+            raise InputError(f"{folder} holds a {kind} model; this code knows Qwen3-VL only")
+
+        # Safetensors only: pickled weights (.bin, .pt) could run code. They are never opened.
+        # (Vision layers attend image by image, without a mask: they need no attention of ours.)
+        model = Qwen3VLForConditionalGeneration.from_pretrained(
+            folder, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16,
+            use_safetensors=True,
+            attn_implementation={"text_config": "group", "vision_config": "sdpa"})
+        codec = Codec(folder, model, max_pixels)
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise InputError(f"the model folder {folder} cannot be loaded: "
+                         f"{' '.join(str(error).split())}") from error
+    return quicken(model).to(device).eval(), codec
+
+
+def separate_chat_template(folder):
+    """Some repositories keep the chat template beside the tokenizer."""
+    file = Path(folder, "chat_template.json")
+    if not file.is_file():
+        raise InputError(f"{folder} has no chat template, neither in its tokenizer_config.json nor "
+                         f"as chat_template.json: is it an Instruct model?")
+    return json.loads(file.read_text())["chat_template"]
+
+
+TEXT_TOKENS = 512  # room for the text of a prompt. At the paper's budget of 2048 visual tokens an
+#                    image it gives the paper's prompt limits: 2048 + 512 and 4 x 2048 + 512.
+
+
+def fitting(codec, examples, response_tokens, skip_bad=False):
+    """The examples whose text fits. The first ten others are listed: in a line that is printed with
+    `skip_bad`, which leaves them out, else in an InputError. No image is opened: the pixel budget
+    bounds them.
+
+    The text of both roles' prompts may have TEXT_TOKENS tokens; prompt (of an image and all crops)
+    and response together as many as the model has positions.
+    """
+    visual = (1 + MAX_CROPS) * (codec.size["longest_edge"] // codec.token_side**2)
+    limit = min(TEXT_TOKENS, codec.positions - visual - response_tokens)
+    fit, bad = [], []
+    for example in examples:
+        reasoner = REASONER.format(regions=REGIONS["both"], question=example.question,
+                                   form=FORMS[example.answer_form])
+        rendered = (codec.render(PERCEIVER.format(question=example.question), 1),
+                    codec.render(reasoner, 1 + MAX_CROPS))
+        ids = codec.tokenizer(list(rendered), add_special_tokens=False)["input_ids"]
+        text = max(map(len, ids))
+        if codec.image_token in example.question:
+            bad.append(f"{example.id} (contains {codec.image_token}, which stands for an image)")
+        elif text > limit:
+            bad.append(f"{example.id} ({text} tokens of text, {limit} allowed)")
+        else:
+            fit.append(example)
+    if bad:
+        told = (f"{len(bad)} of {len(examples)} questions do not fit into a prompt: "
+                f"{', '.join(bad[:10])}")
+        if not skip_bad or not fit:
+            raise InputError(f"{told}; shorten them, or leave them out with --skip-bad")
+        print(f"skipped: {told}")
+    return fit
+
+
+# ---------------------------------------------------------------------------------------------
+# The hub and the cache folder
+
 
 def find(name, flag="--model", kind="model"):
-    """A local path as it is; anything else is a hub id, downloaded once by huggingface_hub -> Path.
+    """A local path as it is; anything else is a hub id, downloaded once -> Path.
 
-    `owner/name/path` is one file or folder of a hub repository. Raises InputError that names `flag`.
+    `owner/name/path` is one file or folder of a hub repository. kind: "model" or "dataset".
+    Raises InputError that names `flag`.
     """
-    if Path(name).exists():
-        return Path(name)
+    path = Path(name).expanduser()
+    if kind == "model" and (path / "metrics.jsonl").is_file():
+        raise InputError(f"{flag} {name} is a training run, not a model: once it has finished, its "
+                         f"weights are in {path / 'final'}")
+    if path.exists():
+        return path
+
+    # What looks like a path, or begins with a folder that is here, is a typo and no hub id.
     owner, _, rest = str(name).partition("/")
     repository, _, inside = rest.partition("/")
+    if str(name).startswith((".", "/", "~")) or Path(owner).exists():
+        raise InputError(f"{flag} {name}: there is no such file or folder")
     if not re.fullmatch(r"[\w-][\w.-]*", owner) or not repository:
-        raise InputError(f"{flag} {name}: there is no such file or folder, and it does not look like a hub id (owner/name)")
+        raise InputError(f"{flag} {name}: there is no such file or folder, and it does not look "
+                         f"like a hub id (owner/name)")
+    repository = f"{owner}/{repository}"
+    if kind == "dataset":
+        refuse_several(name, flag, repository, inside)
     try:
-        folder = Path(snapshot_download(f"{owner}/{repository}", repo_type=kind,
-                                        allow_patterns=[inside, f"{inside}/*"] if inside else None))
+        folder = Path(snapshot_download(repository, repo_type=kind, allow_patterns=[
+            inside, f"{inside}/*"] if inside else None))
     except Exception as error:  # the hub's many errors share no narrower class across its versions
-        raise InputError(f"{flag} {name}: there is no such file or folder, and the hub did not give it "
-                         f"({type(error).__name__}: {' '.join(str(error).split())[:200]})") from error
+        raise InputError(f"{flag} {name}: there is no such file or folder, and the hub did not give "
+                         f"it ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+                         ) from error
     if not (folder / inside).exists():
-        raise InputError(f"{flag} {name}: the hub's {owner}/{repository} has no {inside}")
+        raise InputError(f"{flag} {name}: the hub's {repository} has no {inside}")
     return folder / inside
+
+
+DATA_FILES = (".jsonl", ".json", ".tsv", ".csv", ".parquet")
+
+
+def refuse_several(name, flag, repository, inside):
+    """Raises InputError where the hub's data set holds several data files, before gigabytes come
+    down: only the shards of one (x-00001-of-00007.parquet), or a data.jsonl, say what is meant."""
+    try:
+        listed = list_repo_files(repository, repo_type="dataset")
+    except Exception:  # the hub cannot be asked; the download says why, or has it from before
+        return
+    below = f"{inside}/" if inside else ""
+    files = sorted(f for f in listed if f.startswith(below) and f.endswith(DATA_FILES))
+    if f"{below}data.jsonl" in files:
+        return
+    if len({re.sub(r"-\d+-of-\d+$", "", str(Path(f).with_suffix(""))) for f in files}) > 1:
+        first = " or ".join(f"{repository}/{f}" for f in files[:4])
+        raise InputError(f"{flag} {name} holds several data files: name one of them, as {first}")
 
 
 def cached(name, fill):
@@ -296,225 +810,10 @@ def cached(name, fill):
         fill(new)
         new.rename(folder)
     except OSError as error:
-        if not folder.exists():  # else another process was faster; what it wrote is the same
-            raise InputError(f"cannot write {folder} ({error}): free some space, or set XDG_CACHE_HOME to a folder "
-                             f"that has it") from error
+        # Another process may have been faster; what it wrote is the same.
+        if not folder.exists():
+            raise InputError(f"cannot write {folder} ({error}): free some space, or set "
+                             f"XDG_CACHE_HOME to a folder that has it") from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
     return folder
-
-
-def load(folder, max_pixels, device="cpu", min_pixels=4096):
-    """A local Qwen3-VL folder -> (model in eval mode, Codec). bf16 on a GPU, float32 on a CPU.
-
-    Raises InputError where the folder is not a Qwen3-VL checkpoint or the budget is too small.
-    """
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} is not a model folder: it has no config.json")
-    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-    try:
-        kind = AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type
-        if kind != "qwen3_vl":
-            raise InputError(f"{folder} holds a {kind} model; this code knows Qwen3-VL only")
-        # Safetensors only: pickled weights (.bin, .pt) could run code. They are never opened.
-        # (Vision layers attend image by image, without a mask: they need no attention of ours.)
-        model = Qwen3VLForConditionalGeneration.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, attn_implementation={"text_config": "group", "vision_config": "sdpa"})
-        codec = Codec(folder, model, max_pixels, min_pixels)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"the model folder {folder} cannot be loaded: {' '.join(str(error).split())}") from error
-    return model.to(device).eval(), codec
-
-
-def collate(prompts, device):
-    """Prompts -> one left-padded batch of model inputs. Positions come along, so padding moves none."""
-    width = max(len(p.ids) for p in prompts)
-    ids = torch.zeros(len(prompts), width, dtype=torch.long)                   # (B, P)
-    mask = torch.zeros(len(prompts), width, dtype=torch.long)                  # (B, P) 1 = real token
-    positions = torch.zeros(3, len(prompts), width, dtype=torch.long)          # (3, B, P)
-    for row, prompt in enumerate(prompts):
-        start = width - len(prompt.ids)
-        ids[row, start:], mask[row, start:] = prompt.ids, 1
-        positions[:, row, start:] = prompt.positions
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "position_ids": positions.to(device),
-            "pixel_values": torch.cat([p.pixels for p in prompts]).to(device),
-            "image_grid_thw": torch.cat([p.grids for p in prompts]).to(device)}
-
-
-# ---------------------------------------------------------------------------------------------
-# Sampling
-
-
-def sample(model, codec, prompts, *, group=1, greedy=False, max_tokens, batch, generator=None, penalty=1.0):
-    """Sample `group` completions for every prompt. Yields one Group per prompt, in order.
-
-    prompts: any iterable, read `batch` prompts at a time: a generator keeps only those in memory.
-    greedy=False is the pure distribution: temperature 1, no top-k, no top-p. It is also what the
-    loss scores, so the log-probs of the two agree (metric `sampler_gap`). `penalty` is evaluation's
-    repetition penalty (CTRL, arXiv 1909.05858), over prompt and response; training has none.
-    """
-    prompts = iter(prompts)
-    while chunk := list(itertools.islice(prompts, batch)):
-        yield from _sample_chunk(model, codec, chunk, group, greedy, max_tokens, generator, penalty)
-
-
-@out_of_memory("sampling", "halve --rollout-batch and --partner-batch (after that, in a new run, --max-pixels or --reason-tokens)")
-@torch.no_grad()
-def _sample_chunk(model, codec, prompts, group, greedy, max_tokens, generator, penalty):
-    """One prefill a prompt, then all responses together. The G responses of a prompt share one row of the
-    cache: the prompt once, then one column a step for each response that goes on; the mask keeps them apart."""
-    model.eval()  # in train mode activation checkpointing would drop the cache
-    device, count = model.device, len(prompts) * group
-    cache, logits, real, position = prefill(model, prompts)                      # (Q, V), (Q, P), (Q,)
-    if logits.isnan().any():
-        raise InputError("the model's output is not a number for one of these prompts: its weights are damaged, or an image "
-                         "overflows its number format")
-    logits = logits[:, None].expand(-1, group, -1)                               # (Q, S, V), S = G at first
-    slots = torch.arange(count, device=device).view(-1, group)                   # (Q, S) which response; count = none
-    owner = torch.where(real, -1, -2)                                            # (Q, columns) -1 prompt, -2 padding
-
-    ids = torch.full((count + 1, max_tokens), -1, device=device)                 # (QG + 1, R) the last row is for `none`
-    logps = torch.zeros(count + 1, max_tokens, device=device)
-    banned, stops = codec.banned.to(device), codec.stop_ids.to(device)
-    penalise = penalty != 1 and RepetitionPenaltyLogitsProcessor(penalty)
-    if penalise:  # of the prompt's tokens, too. Padding counts as an image token, which is banned: it moves no score.
-        past = pad_sequence([p.ids for p in prompts], batch_first=True, padding_value=codec.image_token_id).to(device)
-        past = past[torch.arange(count + 1, device=device).clamp(max=count - 1) // group]  # (QG + 1, P)
-    for step in range(max_tokens):
-        if penalise:
-            past_ids = torch.cat([past[slots], ids[slots, :step].clamp(min=0)], dim=-1).flatten(0, 1)  # (QS, P + step)
-            logits = penalise(past_ids, logits.flatten(0, 1).float()).view(logits.shape)
-        scores = logits.float().index_fill(-1, banned, float("-inf")).log_softmax(-1)  # (Q, S, V)
-        token = (scores.argmax(-1) if greedy else                                # (Q, S)
-                 torch.multinomial(scores.exp().flatten(0, 1), 1, generator=generator).view(slots.shape))
-        ids[slots, step] = token
-        logps[slots, step] = scores.gather(-1, token[..., None])[..., 0]
-        done = torch.isin(token, stops)
-        if done.any():  # finished responses leave: S shrinks to the longest row, empty rows go with their cache
-            slots, order = slots.masked_fill(done, count).sort(dim=1)            # the ones that go on come first
-            going = (slots < count).sum(dim=1)                                   # (Q,)
-            if not going.any():
-                break
-            keep, width = going.nonzero()[:, 0], going.max()
-            slots, token = slots[keep, :width], token.gather(1, order)[keep, :width]
-            if len(keep) < len(going):
-                owner, position = owner[keep], position[keep]
-                cache.batch_select_indices(keep)
-        if step + 1 == max_tokens:
-            break
-        owner = torch.cat([owner, slots], dim=1)
-        seen = (owner[:, None] == -1) | (owner[:, None] == slots[..., None])     # (Q, S, columns)
-        logits = model(input_ids=token, attention_mask=seen[:, None],
-                       position_ids=(position + step)[None, :, None].expand(3, -1, slots.shape[1]),
-                       past_key_values=cache, use_cache=True).logits             # (Q, S, V)
-
-    lengths, ended = (ids >= 0).sum(dim=1).tolist(), torch.isin(ids, stops).any(dim=1).tolist()
-    ids, logps = ids.cpu(), logps.cpu()
-    completions = [Completion(ids[i, :n].clone(), logps[i, :n].clone(), ended[i], codec.decode(ids[i, :n]))
-                   for i, n in enumerate(lengths[:count])]
-    return [Group(p, completions[i * group:(i + 1) * group]) for i, p in enumerate(prompts)]
-
-
-PREFILL = 16_384  # prompt tokens in one forward at most (one prompt at least): bounds the memory it works in
-
-
-def prefill(model, prompts):
-    """Q prompts -> (cache of Q rows, next-token logits (Q, V), real (Q, P) False at padding, next position (Q,))."""
-    longest = max(len(p.ids) for p in prompts)
-    size, parts = max(1, PREFILL // longest), []
-    for i in range(0, len(prompts), size):
-        inputs, cache = collate(prompts[i:i + size], model.device), Cache(layer_class_to_replicate=GrowingLayer)
-        logits = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-        real = F.pad(inputs["attention_mask"], (longest - inputs["attention_mask"].shape[1], 0)).bool()
-        parts.append((cache, logits, real, inputs["position_ids"].amax(dim=(0, 2)) + 1))
-    caches, logits, real, position = zip(*parts)
-    for layers in zip(*(cache.layers for cache in caches)) if len(parts) > 1 else ():  # one by one: never two caches
-        for name in ("keys", "values"):
-            parts = [vars(layer).pop(name) for layer in layers]                  # (rows, KV heads, P, d) each
-            setattr(layers[0], name, torch.cat([F.pad(t, (0, 0, longest - t.shape[2], 0)) for t in parts]))
-    return caches[0], torch.cat(logits), torch.cat(real), torch.cat(position)
-
-
-class GrowingLayer(DynamicLayer):
-    """A cache layer with spare columns ahead. The library's own copies the whole cache at every token."""
-    room = None  # keys and values with those columns
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        start, stop = self.get_seq_length(), self.get_seq_length() + key_states.shape[2]
-        if start == 0:
-            return super().update(key_states, value_states)
-        if self.room is None or self.room[0].shape[2] < stop or len(self.room[0]) != len(self.keys):
-            self.room = [F.pad(t, (0, 0, 0, stop - start + 255)) for t in (self.keys, self.values)]
-        for room, new in zip(self.room, (key_states, value_states)):
-            room[:, :, start:stop] = new
-        self.keys, self.values = (room[:, :, :stop] for room in self.room)       # (rows, KV heads, columns, d)
-        return self.keys, self.values
-
-
-def group_attention(module, query, key, value, mask, scaling, **more):
-    """Attention for G responses that share a prompt, in training and in sampling. Returns (B, L, heads, d), None.
-
-    query: (B, heads, L, d); key, value: (B, KV heads, columns, d). In training grpo.Row.layout comes in place of a mask
-    (the library hands 4-D masks through): the prompt is causal, each response sees the prompt and itself. A dense (L, L)
-    mask does the same (tests/test_grpo.py), but takes 0.6 GB at L = 25,000 and keeps SDPA off its flash kernel. In
-    sampling the heads that share a KV head become further queries of it, or the long cache would be copied for each.
-    """
-    if mask is not None and mask.dtype == torch.long:
-        P, *lengths = mask.flatten().tolist()
-        q, k, v = (t.split([P, *lengths], dim=2) for t in (query, key, value))
-        attend = partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=True)
-        parts = [attend(q[0], k[0], v[0], is_causal=True)]
-        for i, R in enumerate(lengths, start=1):
-            seen, values = torch.cat([k[0], k[i]], dim=2), torch.cat([v[0], v[i]], dim=2)  # (1, KV heads, P + R, d)
-            parts.append(attend(q[i], seen, values, causal_lower_right(R, P + R)))
-        return torch.cat(parts, dim=2).transpose(1, 2), None
-    if mask is not None and query.shape[2] < key.shape[2]:
-        folded = query.reshape(*key.shape[:2], -1, query.shape[3])              # (B, KV heads, heads / KV heads * L, d)
-        mask = mask.repeat(1, 1, folded.shape[2] // query.shape[2], 1)
-        output = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
-        return output.reshape(query.shape).transpose(1, 2), None
-    return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **more)
-
-
-AttentionInterface.register("group", group_attention)
-AttentionMaskInterface.register("group", sdpa_mask)  # the library's masks, where it makes one
-
-
-# ---------------------------------------------------------------------------------------------
-# The two verbs. An `example` is anything with .load_image(), .question and .answer_form.
-
-
-def perceive(model, codec, examples, **how):
-    """Examples -> one Group of box lists (as text) each. `how` goes to `sample`."""
-    return sample(model, codec, ahead(lambda e: perceiver_prompt(codec, e.load_image(), e.question), examples), **how)
-
-
-def reason(model, codec, cases, evidence="both", **how):
-    """(example, boxes) pairs -> one Group of answers (as text) each. `how` goes to `sample`."""
-    return sample(model, codec, ahead(lambda case: reasoner_prompt(
-        codec, case[0].load_image(), case[1], case[0].question, case[0].answer_form, evidence), cases), **how)
-
-
-def direct(model, codec, examples, **how):
-    """Examples -> one Group of immediate answers (as text) each. `how` goes to `sample`."""
-    return sample(model, codec, ahead(lambda e: direct_prompt(codec, e.load_image(), e.question, e.answer_form), examples), **how)
-
-
-def waiting(items, text):
-    """A progress bar for what takes longer than a few seconds; it leaves no trace."""
-    return tqdm(list(items), text, leave=False, delay=5, unit="prompt")
-
-
-def ahead(make, items, depth=16):
-    """map(make, items), made in threads while the model works. An image of eight megapixels and its
-    crops take 1.7 seconds to prepare; `depth` bounds how many wait in memory."""
-    items = iter(items)
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        waiting = deque(pool.submit(make, item) for item in itertools.islice(items, depth))
-        while waiting:
-            made = waiting.popleft().result()
-            waiting.extend(pool.submit(make, item) for item in itertools.islice(items, 1))
-            yield made

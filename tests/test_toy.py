@@ -12,9 +12,10 @@ import torch.nn.functional as F
 import build_toy
 import rollout
 import toy
+from conftest import go, metrics
 from crop import gather, to_rect
 from eval import load_data
-from p2r_min import Settings, train
+from p2r_min import Settings
 
 
 def view(codec, image):
@@ -160,12 +161,10 @@ def test_no_box_label_reaches_training(tmp_path):
         s = Settings(**toy.defaults() | dict(
             data=str(tmp_path / name), eval_data="", out=str(tmp_path / f"run-{name}"), steps=1,
             questions=3, group=4, sample_every=0))
-        rows = [json.loads(line) for line in (train(s) / "metrics.jsonl").open()]
-        measured = [name for name in rows[0] if "seconds" in name or name == "tokens_per_s"]
-        for row in rows:
-            for name in [*measured, "peak_gib"]:
-                row.pop(name, None)
-        results.append(rows)
+        results.append([])
+        for row in metrics(go(s)):
+            timings = [key for key in row if "seconds" in key or key in ("tokens_per_s", "peak_gib")]
+            results[-1].append({key: row[key] for key in row if key not in timings})
     assert results[0] == results[1]
     assert results[0][0]["reward_std"] > 0
 
