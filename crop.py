@@ -1,13 +1,14 @@
-"""Text -> boxes -> evidence: what happens between the two roles. Pillow only.
+"""Text -> boxes -> evidence: what happens between the two roles.
 
-The Perceiver answers with text. This module turns the text into boxes, the boxes into what the
-Reasoner is shown (an annotated copy of the image and up to three enlarged crops), and all of it
-into one picture for people. Paper: arXiv 2607.01191, "Evidence" step of the inference pipeline.
+The Perceiver answers with text. This module turns the text into boxes, and the boxes into what the
+Reasoner is shown: an annotated copy of the image and up to three enlarged crops. Paper: arXiv
+2607.01191, the evidence step of its inference pipeline.
 
 Coordinates come in two kinds and never mix:
     a *Box*  lives in 0..1000 on both axes, relative to width and height (the Qwen convention);
     a *rect* lives in pixels of the original image: (left, top, right, bottom), right/bottom open.
-The model's text is data: it is never evaluated, and no pattern here backtracks.
+
+The model's text is data. It is never evaluated, and every reader here takes time linear in it.
 """
 
 import json
@@ -21,13 +22,14 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 MAX_CROPS = 3          # every box is drawn, only the first three are cropped (paper)
 PAD_SHARE = 0.10       # a crop grows by 10 % of the image's size on each side ...
 PAD_PIXELS = 600       # ... but by at most this many pixels (paper)
-MAX_RATIO = 200        # longest side by shortest that Qwen's image processor accepts
-MAX_IOU = 0.5          # two boxes that overlap more than this void a perception rollout (paper)
+MAX_IOU = 0.5          # two boxes that overlap more than this void a rollout (paper)
 WHOLE = 0.9            # a box of at least this share of the image points at nothing
-NESTED = 0.9           # a box with at least this share of its area inside another one is nested in it
-COLOURS = {"red": "#ff0000", "green": "#00c800", "blue": "#0060ff", "orange": "#ff9000",
-           "purple": "#a000ff", "cyan": "#00c8dc"}  # one per box, red first, then round again
-PLACEHOLDER = "what is inside"  # the label of the example in the Perceiver's prompt; a copy earns 0
+MAX_RATIO = 200        # longest side by shortest that Qwen's image processor accepts
+PLACEHOLDER = "what is inside"  # the label of the example in the Perceiver's prompt
+COLOURS = {            # one per box, red first, then round again
+    "red": "#ff0000", "green": "#00c800", "blue": "#0060ff",
+    "orange": "#ff9000", "purple": "#a000ff", "cyan": "#00c8dc",
+}
 
 
 class Box(NamedTuple):
@@ -38,75 +40,105 @@ class Box(NamedTuple):
     y2: float
     label: str = ""
 
+    @property
+    def area(self):
+        """Share of the image, 0..1."""
+        return (self.x2 - self.x1) * (self.y2 - self.y1) / 1000**2
+
 
 class Parsed(NamedTuple):
     """What was read from one Perceiver output."""
     boxes: list            # the usable boxes, in the model's order
     parsable: bool         # False: neither a usable box nor an explicit `[]` was found
-    dropped: int           # JSON objects that looked like boxes but were not usable
+    dropped: int           # how many objects began like a box but hold no usable one
 
 
-# ---------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Text -> boxes
+
+# Where a JSON object begins: a brace, then its first key. A brace inside a label is no beginning.
+OBJECT = re.compile(r"""\{\s*["']\w+["']\s*:""")
+BOX_KEYS = ("bbox_2d", "bbox", "box_2d", "box")
+DECODER = json.JSONDecoder()
 
 
 def parse_boxes(text):
-    """Read the Perceiver's boxes from its text.
+    """Read the Perceiver's boxes from its text -> Parsed.
 
-    A box is a flat JSON object, so every innermost {...} is read on its own. That one idea covers
-    code fences, prose around the list, wrappers such as {"objects": [...]}, a stray brace and a
-    list that was cut off by the token limit, in time linear in the text.
+    The text is cut wherever an object begins, and each piece is read on its own. That one idea
+    covers code fences, prose around the list, wrappers such as {"objects": [...]}, stray braces,
+    and a list that was cut off by the token limit.
 
-    Returns a Parsed. Never raises: whatever the text is, it is an answer of the model.
+    Never raises: whatever the text is, it is an answer of the model.
 
     >>> parse_boxes('[{"bbox_2d": [10, 20, 300, 400], "label": "sign"}]').boxes
     [Box(x1=10.0, y1=20.0, x2=300.0, y2=400.0, label='sign')]
     >>> parse_boxes("[]"), parse_boxes("I see a sign.")
     (Parsed(boxes=[], parsable=True, dropped=0), Parsed(boxes=[], parsable=False, dropped=0))
     """
+    starts = [match.start() for match in OBJECT.finditer(text)]
+    ends = starts[1:] + [len(text)]
     boxes, dropped = [], 0
-    for found in re.findall(r"\{[^{}]*\}", text):
-        box = _read_box(found)
+    for start, end in zip(starts, ends):
+        piece = text[start:end]
+
+        # The outside of a wrapper, for instance, is no box that went wrong.
+        if not any(key in piece for key in BOX_KEYS):
+            continue
+        box = _read_box(piece)
         if box is None:
             dropped += 1
         else:
             boxes.append(box)
-    empty_list = not boxes and not dropped and re.search(r"\[\s*\]", text) is not None
+
+    # `[]` says "the whole image is needed", unless it is what is left of a broken box.
+    empty_list = not dropped and re.search(r"\[\s*\]", text) is not None
     return Parsed(boxes, bool(boxes) or empty_list, dropped)
 
 
-def _read_box(text):
-    """One {...} -> Box, or None where it holds no four usable numbers."""
-    fields = _loads(text) or _loads(text.replace("'", '"'))  # Python-style quotes are common
+def _read_box(piece):
+    """Text that begins with an object -> Box, or None where it holds no four usable numbers."""
+    # Python-style quotes are common.
+    fields = _read_object(piece) or _read_object(piece.replace("'", '"'))
     if not fields:
         return None
-    value = next((fields[key] for key in ("bbox_2d", "bbox", "box_2d", "box") if key in fields), None)
-    if isinstance(value, list) and len(value) == 1:  # [[x1, y1, x2, y2]]
+    found = [fields[key] for key in BOX_KEYS if key in fields]
+    value = found[0] if found else None
+
+    # Seen in the wild and meant well: [[x1, y1, x2, y2]]. Not meant as a box of ours: null, an
+    # integer, the nine numbers of a 3-D box.
+    if isinstance(value, list) and len(value) == 1:
         value = value[0]
-    if not isinstance(value, list) or len(value) != 4:  # null, an integer, nine numbers of a 3-D box
+    if not isinstance(value, list) or len(value) != 4:
         return None
-    numbers = [_number(v) for v in value]
+    numbers = [_read_number(v) for v in value]
     if None in numbers:
         return None
-    x1, y1, x2, y2 = (min(max(n, 0.0), 1000.0) for n in numbers)
-    (x1, x2), (y1, y2) = sorted((x1, x2)), sorted((y1, y2))  # inverted corners mean the same region
-    if x1 == x2 or y1 == y2:  # no area, or wholly outside the image
+
+    # Inverted corners mean the same region. What reaches beyond the image is cut off; a box that
+    # is wholly outside has no area left.
+    x1, y1, x2, y2 = [min(max(number, 0.0), 1000.0) for number in numbers]
+    x1, x2 = sorted((x1, x2))
+    y1, y2 = sorted((y1, y2))
+    if x1 == x2 or y1 == y2:
         return None
+
+    # A missing label and a null are empty ones: `violation` knows what to think of them.
     label = fields.get("label")
     return Box(x1, y1, x2, y2, "" if label is None else str(label).strip())
 
 
-def _loads(text):
-    """A JSON object as a dict, or None."""
+def _read_object(piece):
+    """The JSON object at the beginning of a text, as a dict; None where there is none."""
     try:
-        value = json.loads(text)
+        value, _ = DECODER.raw_decode(piece)
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
+    return value
 
 
-def _number(value):
-    """A finite float from a JSON number or a numeric string, else None. Booleans are no numbers."""
+def _read_number(value):
+    """A JSON number or a numeric string -> a finite float, else None. A boolean is no number."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:
@@ -116,47 +148,103 @@ def _number(value):
     return number if math.isfinite(number) else None
 
 
-def iou(a, b):
-    """Intersection over union of two boxes (or two rects), 0..1."""
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    if width <= 0 or height <= 0:
-        return 0.0
-    shared = width * height
-    return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
+# -------------------------------------------------------------------------------------------------
+# The rule that voids a perception rollout
 
 
 def violation(boxes):
     """Why these boxes void a perception rollout: "label", "overlap" or None (paper, reward rule).
 
-    The rule keeps the Perceiver from winning by repeating one region or by copying the example.
+    The rule keeps the Perceiver from winning by repeating one region or by copying the example
+    of its prompt. A label is void if it is missing, empty, or that example's.
     """
-    if any(box.label.lower() in ("", PLACEHOLDER, "label") for box in boxes):
-        return "label"
-    if any(iou(a, b) > MAX_IOU for i, a in enumerate(boxes) for b in boxes[:i]):
-        return "overlap"
+    for box in boxes:
+        if box.label.lower() in ("", PLACEHOLDER):
+            return "label"
+    for i, box in enumerate(boxes):
+        for other in boxes[:i]:
+            if iou(box, other) > MAX_IOU:
+                return "overlap"
     return None
 
 
-def tricks(parsed):
-    """Ways around pointing that `violation` leaves open, as a set: "whole" (a box over the whole image), "nested" (one box
-    inside another, yet below MAX_IOU), "many" (more boxes than crops), "unparsable" (earns what `[]` earns).
-
-    All are logged. With --strict-boxes they earn 0; in the paper, and by default, they don't.
-    """
-    found = {"many"} if len(parsed.boxes) > MAX_CROPS else set()
-    found |= set() if parsed.parsable else {"unparsable"}
-    for i, a in enumerate(parsed.boxes):
-        area = (a.x2 - a.x1) * (a.y2 - a.y1)
-        found |= {"whole"} if area >= WHOLE * 1000**2 else set()
-        for b in parsed.boxes[:i] + parsed.boxes[i + 1:]:
-            width, height = min(a.x2, b.x2) - max(a.x1, b.x1), min(a.y2, b.y2) - max(a.y1, b.y1)
-            found |= {"nested"} if min(width, height) > 0 and width * height >= NESTED * area else set()
-    return found
+def iou(a, b):
+    """Intersection over union of two boxes, 0..1."""
+    width = min(a.x2, b.x2) - max(a.x1, b.x1)
+    height = min(a.y2, b.y2) - max(a.y1, b.y1)
+    if width <= 0 or height <= 0:
+        return 0.0
+    shared = width * height
+    area_a = (a.x2 - a.x1) * (a.y2 - a.y1)
+    area_b = (b.x2 - b.x1) * (b.y2 - b.y1)
+    return shared / (area_a + area_b - shared)
 
 
-# ---------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Boxes -> evidence
+
+
+def gather(image, boxes):
+    """The evidence: (annotated copy of the image, list of at most three crops).
+
+    Boxes are drawn on, and crops are cut from, the *original* resolution: the detail is still
+    there, only the model's view of the whole image is too coarse for it. Without boxes the
+    annotated copy is the image itself, and there are no crops.
+    """
+    if not boxes:
+        return image, []
+    rects = [to_rect(box, image.size) for box in boxes]
+
+    # Crops are cut before anything is drawn: a line might hide what they are to show.
+    crops = [image.crop(padded(rect, image.size)) for rect in rects[:MAX_CROPS]]
+
+    # The line is as wide as in the paper. Pillow's rectangle includes its right and bottom edge.
+    annotated = image.copy()
+    draw = ImageDraw.Draw(annotated)
+    line = max(3, round(0.003 * image.width))
+    for number, (left, top, right, bottom) in enumerate(rects):
+        draw.rectangle((left, top, right - 1, bottom - 1), outline=colour_of(number), width=line)
+    return annotated, crops
+
+
+def colour_of(number):
+    """The colour of the box with this number, counted from 0."""
+    colours = list(COLOURS.values())
+    return colours[number % len(colours)]
+
+
+def to_rect(box, size):
+    """A Box -> a rect of an image of size (width, height): inside it, at least 1 x 1.
+
+    Rounded outwards, to whole pixels that hold all of the box. (The authors round inwards, so a
+    crop of theirs may be a pixel smaller.)
+    """
+    # Floor on one side, ceiling on the other; a box without a whole pixel is given one.
+    width, height = size
+    left = min(int(box.x1 / 1000 * width), width - 1)
+    top = min(int(box.y1 / 1000 * height), height - 1)
+    right = min(max(math.ceil(box.x2 / 1000 * width), left + 1), width)
+    bottom = min(max(math.ceil(box.y2 / 1000 * height), top + 1), height)
+    return left, top, right, bottom
+
+
+def padded(rect, size):
+    """A rect with context around it: min(10 % of that dimension, 600 px) on each side (paper).
+
+    On an image more than 20 times as long as wide it is a little more, or a sliver along an edge
+    would be thinner than the image processor accepts (MAX_RATIO).
+    """
+    # Each side of the image has its own margin, and the crop stays inside the image.
+    width, height = size
+    pad_x = max(min(int(width * PAD_SHARE), PAD_PIXELS), math.ceil(height / MAX_RATIO))
+    pad_y = max(min(int(height * PAD_SHARE), PAD_PIXELS), math.ceil(width / MAX_RATIO))
+    left, top, right, bottom = rect
+    return (max(left - pad_x, 0), max(top - pad_y, 0),
+            min(right + pad_x, width), min(bottom + pad_y, height))
+
+
+# -------------------------------------------------------------------------------------------------
+# Skip on a first reading: any image as RGB, and the picture for people
 
 
 def to_rgb(image):
@@ -166,122 +254,111 @@ def to_rgb(image):
     """
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
-        raise ValueError("a floating point image has no defined white; convert it to 8 bits a channel")
-    if image.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion would clip it to white
-        values = np.asarray(image).clip(0, 65535).astype(np.uint16)
-        return Image.fromarray((values >> (8 if values.max() > 255 else 0)).astype(np.uint8)).convert("RGB")
+        raise ValueError("a floating point image has no defined white; convert it to 8-bit RGB")
+
+    # 16 bits a pixel: Pillow's own conversion would clip them to white. An image without a value
+    # above 255 is taken for 8 bits in a wider format.
+    if image.mode.startswith("I"):
+        values = np.asarray(image).clip(0, 65535)
+        if values.max() > 255:
+            values = values // 256
+        return Image.fromarray(values.astype(np.uint8)).convert("RGB")
+
+    # What is transparent: on white, as a viewer on a page shows it.
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
     return image.convert("RGB")
 
 
-def to_rect(box, size):
-    """A Box -> pixels of an image of size (width, height): inside it, at least 1 x 1."""
-    width, height = size
-    left = min(int(box[0] / 1000 * width), width - 1)
-    top = min(int(box[1] / 1000 * height), height - 1)
-    right = min(max(math.ceil(box[2] / 1000 * width), left + 1), width)
-    bottom = min(max(math.ceil(box[3] / 1000 * height), top + 1), height)
-    return left, top, right, bottom
+PAGE = 1200            # width of the picture for people; its height follows. All in pixels
+GAP = 20
+CELL = 256             # side of a small tile at most: four of them fill a row
+MAIN = PAGE - 2 * CELL - 4 * GAP  # the large one leaves room for two of them beside it
+CAPTION = 24
+LINE = 28              # a line of text below the tiles
+INDENT = 130           # where its text begins, after its title
 
 
-def padded(rect, size):
-    """A rect with context around it: min(10 % of that dimension, 600 px) on each side (paper).
+def picture(image, boxes, question, texts, seen=()):
+    """One picture that tells the whole story of a rollout. Returns an RGB image, PAGE wide.
 
-    On images more than 20 times as long as wide it is a little more, or a sliver along an edge
-    would be thinner than the image processor accepts.
+    image: the original (RGB), of any size and shape; it is shown large, with the boxes drawn.
+    seen: up to two images at the model's own pixels, the whole image and the first crop: beside
+    the large one they show what the model cannot see, and why it must point. texts: list of
+    (title, text) written below, such as ("perceiver", "[...]"). Latin letters only: that is what
+    Pillow's own font has.
     """
-    pad_x, pad_y = (max(min(int(side * PAD_SHARE), PAD_PIXELS), math.ceil(other / MAX_RATIO))
-                    for side, other in (size, size[::-1]))
-    return (max(rect[0] - pad_x, 0), max(rect[1] - pad_y, 0),
-            min(rect[2] + pad_x, size[0]), min(rect[3] + pad_y, size[1]))
-
-
-def gather(image, boxes):
-    """The evidence: (annotated copy of the image, list of at most three crops).
-
-    Boxes are drawn on, and crops are cut from, the *original* resolution: the detail is still
-    there, it is only the model's view of the whole image that is too coarse for it. Crops are cut
-    before anything is drawn. Without boxes the annotated copy is the image itself.
-    """
-    rects = [to_rect(box, image.size) for box in boxes]
-    crops = [image.crop(padded(rect, image.size)) for rect in rects[:MAX_CROPS]]
-    if not rects:
-        return image, crops
-    annotated = image.copy()
-    draw = ImageDraw.Draw(annotated)
-    line = max(3, round(0.003 * image.width))
-    for rect, colour in zip(rects, _cycle(len(rects))):
-        # Pillow's rectangle includes its right and bottom edge.
-        draw.rectangle((rect[0], rect[1], rect[2] - 1, rect[3] - 1), outline=colour, width=line)
-    return annotated, crops
-
-
-def _cycle(count):
-    colours = list(COLOURS.values())
-    return [colours[i % len(colours)] for i in range(count)]
-
-
-# ---------------------------------------------------------------------------------------------
-# Evidence -> one picture for people
-
-
-def picture(image, boxes, question, texts, width=1200):
-    """One image that tells the whole story: annotated image, numbered crops, question, texts.
-
-    image: the original (RGB), of any size and shape: the layout follows its shape, the text is always
-    20 pixels high (Latin letters only: that is what Pillow's own font has). boxes: list of Box. texts: list of (title, text) written below, such
-    as ("perceiver", "[...]"). Returns an RGB image `width` pixels wide; its height follows.
-    """
+    # The large image. Its boxes are drawn at the page's scale: the original's lines might vanish.
+    wide = image.width > 2 * image.height
+    main = _fit(image, PAGE - 2 * GAP if wide else MAIN, MAIN)
+    main, _ = gather(main, boxes)
     _, crops = gather(image, boxes)
-    gap, font, line_height = 20, ImageFont.load_default(20), 28
-    inner = width - 2 * gap
-    count, row = max(len(crops), 1), True
-    if image.width > 2 * image.height or not crops:      # a panorama: crops in a row below
-        main = _fit(image, inner, 700)
-        left, top, tall = gap, main.height + 2 * gap, 420
-    else:                                                # else beside it: in a row if it is upright, in a column if not
-        main = _fit(image, inner * 2 // 3 - gap, 760)
-        left, top, row = main.width + 2 * gap, gap, image.height > 1.3 * image.width
-        tall = max(main.height, 450) if row else (max(main.height, 450) + gap) // count - gap
-    each = (width - left) // count - gap if row else width - left - gap
-    main, _ = gather(main, boxes)                        # drawn again at this scale, or thin lines would vanish
-    placed = [(main, gap, gap)]
-    for crop in crops:
-        placed.append((_fit(crop, each, tall), left, top))
-        left, top = (left + placed[-1][0].width + gap, top) if row else (left, top + placed[-1][0].height + gap)
-    top = max(y + max(tile.height, line_height) for tile, _, y in placed) + gap
-    lines = _wrap([("question", question), *texts], font, inner)
-    page = Image.new("RGB", (width, top + line_height * len(lines) + gap), "white")
+
+    # The small tiles: (image, caption, colour of the frame).
+    tiles = []
+    for number, view in enumerate(seen):
+        what = "what it sees of crop 1" if number else "what the model sees"
+        tiles.append((view, f"{what}: {view.width} x {view.height}", "#000000"))
+    for number, crop in enumerate(crops):
+        tiles.append((crop, f"crop {number + 1}", colour_of(number)))
+
+    # They stand in rows of cells: beside the large image, or below it if it takes the whole width.
+    first = GAP if wide else 2 * GAP + main.width
+    x, y = first, GAP
+    if wide:
+        y += main.height + GAP
+    places = []
+    for tile in tiles:
+        if x + CELL + GAP > PAGE:
+            x, y = first, y + CELL + CAPTION + GAP
+        places.append((x, y))
+        x += CELL + GAP
+
+    # The text is broken into lines, and then the height of the page is known.
+    bottom = max([GAP + main.height, y + CELL + CAPTION])
+    lines = _lines([("question", question), *texts], PAGE - 2 * GAP - INDENT)
+    page = Image.new("RGB", (PAGE, bottom + GAP + LINE * len(lines) + GAP), "white")
     draw = ImageDraw.Draw(page)
-    for number, ((tile, x, y), colour) in enumerate(zip(placed, ["#cccccc", *_cycle(len(crops))])):
-        page.paste(tile, (x, y))
-        draw.rectangle((x - 4, y - 4, x + tile.width + 3, y + tile.height + 3), outline=colour, width=4 if number else 1)
-        if number:
-            draw.rectangle((x, y, x + 26, y + 28), fill=colour)
-            draw.text((x + 8, y + 2), str(number), fill="white", font=font)
+    small, large = ImageFont.load_default(16), ImageFont.load_default(20)
+
+    # Everything on its place: images, captions, text.
+    page.paste(main, (GAP, GAP))
+    for (tile, caption, colour), (x, y) in zip(tiles, places):
+        draw.text((x, y), caption, fill="black", font=small)
+        tile = _fit(tile, CELL, CELL)
+        page.paste(tile, (x, y + CAPTION))
+        draw.rectangle((x - 3, y + CAPTION - 3, x + tile.width + 2, y + CAPTION + tile.height + 2),
+                       outline=colour, width=3)
     for row, (title, line) in enumerate(lines):
-        draw.text((gap, top + row * line_height), title, fill="#888888", font=font)
-        draw.text((gap + 130, top + row * line_height), line, fill="black", font=font)
+        y = bottom + GAP + LINE * row
+        draw.text((GAP, y), title, fill="#888888", font=large)
+        draw.text((GAP + INDENT, y), line, fill="black", font=large)
     return page
 
 
 def _fit(image, width, height):
-    """Scale an image, up or down, to fit into width x height; never to nothing. Blown-up pixels stay sharp."""
+    """Scale an image to fit into width x height. Small ones grow without smoothing."""
+    # A whole number of page pixels for each pixel of the image, or they come out uneven.
     scale = min(width / image.width, height / image.height)
+    how = Image.Resampling.LANCZOS
+    if scale >= 2:
+        scale, how = int(scale), Image.Resampling.NEAREST
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    return image.resize(size, Image.Resampling.NEAREST if scale > 4 else Image.Resampling.LANCZOS)
+    return image.resize(size, how)
 
 
-def _wrap(texts, font, width):
-    """[(title, text)] -> [(title or "", line)], each line at most `width` - 130 px wide."""
+def _lines(texts, width):
+    """[(title, text)] -> [(title or "", line)], each line at most `width` pixels wide."""
+    font = ImageFont.load_default(20)
     lines = []
     for title, text in texts:
         for paragraph in text.split("\n"):
             line = ""
-            for word in re.findall(r"\S{1,40}\s*|\s+", paragraph) or [""]:
-                if line and font.getlength(line + word) > width - 130:
+            # Words of more than 40 characters are broken, and white space is kept.
+            for word in re.findall(r"\S{1,40}\s*|\s+", paragraph):
+                if line and font.getlength(line + word) > width:
                     lines.append((title, line))
                     title, line = "", ""
                 line += word

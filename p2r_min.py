@@ -4,390 +4,825 @@
     python p2r_min.py --model Qwen/Qwen3-VL-2B-Instruct      # the paper's data, from the hub
 
 One vision-language model plays two roles. As *Perceiver* it looks at the whole image and answers
-with boxes around the evidence; as *Reasoner* it sees the boxes drawn, the crops enlarged, and
-answers. Training knows only whether the final answer is right. It alternates two phases; in each,
-one role is sampled and trained with GRPO while a frozen copy of the model plays the other role:
+with boxes around the evidence. As *Reasoner* it sees the boxes drawn and the crops enlarged, and
+answers the question. Training knows only whether the final answer is right. It alternates two
+phases; in each, one role is sampled and trained with GRPO while a frozen copy of the model plays
+the other role:
 
-    for every iteration, for every phase of the schedule (the paper's: perception, then reasoning):
-        frozen <- copy of the model             # the other role, and the reference of the KL
-        for every batch of questions:
-            perception: sample G box lists; frozen reasoner answers from each;  reward = is it right
-            reasoning:  frozen perceiver gives boxes; sample G answers;         reward = is it right
-            update the model with GRPO on the sampled tokens
+    for every phase of the schedule (the paper's: perception, then reasoning):
+        frozen <- copy of the policy            # the other role, and the reference of the KL
+        for every step of the phase:
+            perception: policy writes G box lists; frozen Reasoner answers from each
+            reasoning:  frozen Perceiver writes one box list; policy writes G answers
+            reward = is the final answer right? advantage = (reward - mean) / std of its group
+            one GRPO update of the policy, on the tokens it sampled
 
-Read in this order: p2r_min.py, rollout.py, crop.py, grpo.py, eval.py, toy.py. (The second half of
-grpo.py, checkpoints and resume, can wait until a run is lost.)
+Read in this order: p2r_min.py, rollout.py, crop.py, grpo.py, eval.py, toy.py. In every file the
+method comes first; what follows a line "skip on a first reading" can wait.
 
-Paper: arXiv 2607.01191. Where we depart from it or from the authors' code, and why: README.md, "Departures".
+Paper: arXiv 2607.01191. Where we depart from it, or from the authors' code, and why: README.md.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
+
 import argparse
+import contextlib
 import copy
 import dataclasses
 import functools
-import itertools
+import json
+import math
+import os
 import random
+import re
+import shlex
+import shutil
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows: no lock on the run folder, no peak memory of the process
+    fcntl = resource = None
+
 import torch
 import transformers
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 import eval as evaluation
 import grpo
 import toy
-from crop import Parsed, parse_boxes, picture, tricks, violation
-from eval import setting
-from rollout import REGIONS, InputError, find, fitting, load, perceive, reason, waiting
+from crop import WHOLE, gather, picture, violation
+from eval import mean
+from rollout import REGIONS, Completion, InputError, find, fitting, load, perceive, progress, reason
 
-SCHEDULES = {  # the phases of an iteration; each begins with a new frozen copy and new moments, and has --steps updates
-    "alternate": ("perception", "reasoning"),   # the paper
+# ---------------------------------------------------------------------------------------------
+# Settings
+
+
+# The phases that a schedule repeats. Each begins with a new frozen copy and fresh moments, and has
+# --steps updates. Only the first is the paper's; the others are for comparing with it.
+SCHEDULES = {
+    "alternate": ("perception", "reasoning"),
     "joint": ("joint", "joint"),                # every update trains both roles
     "perceiver": ("perception", "perception"),  # only this role is ever trained
     "reasoner": ("reasoning", "reasoning"),
-    "think": ("thinking", "thinking"),          # no roles: think and answer on the plain image
+    "think": ("thinking",),                     # the authors' baseline: one launch without roles
 }
 
 
 @dataclass
 class Settings:
-    """Everything that can be chosen. Defaults are the paper's, but for README.md's departures; the command line is made from this."""
-    model: str = setting("", "what", "Qwen3-VL: a hub id or a folder; without it the embedded toy")
-    data: str = setting("hongxingli/P2R-10k", "what", "training questions: a file, folder or hub id (eval.py tells the formats)")
-    eval_data: str = setting("", "what", "held-out questions; without them accuracy is not measured")
-    images: str = setting("", "what", "folder that relative image paths start from; default: the data file's")
-    skip_bad: bool = setting(False, "what", "leave bad rows of the data out, and count them, instead of stopping")
-    out: str = setting("", "what", "run folder; default: the first free runs/NAME-1, -2, ...")
+    """Everything that can be chosen; the command line is made from it, its help from the comments.
+    Defaults are the paper's, except for the departures that README.md lists."""
 
-    schedule: str = setting("alternate", "schedule", "who is trained when: in turn (the paper), both in every update, one role alone, or "
-                            "no roles, on the plain image", tuple(SCHEDULES))
-    iterations: int = setting(1, "schedule", "times that the schedule's phases are run")
-    steps: int = setting(156, "schedule", "steps a phase: batches of questions, with --updates optimizer steps each")
-    questions: int = setting(64, "schedule", "questions a step (Q)")
-    eval_every: int = setting(0, "schedule", "steps between measurements; 0: only before and after")
-    save_every: int = setting(10, "schedule", "steps between checkpoints, of which the newest two stay; 0: only at the end")
-    sample_every: int = setting(10, "schedule", "steps between sample pictures; 0: none")
-    seed: int = setting(0, "schedule", "of the data order and the sampler")
+    # What is trained on what
+    model: str = ""                   # Qwen3-VL: a hub id or a folder; without it the embedded toy
+    data: str = "hongxingli/P2R-10k"  # training questions: a file, folder or hub id
+    eval_data: str = ""               # held-out questions; without them accuracy is not measured
+    images: str = ""                  # where relative image paths start; default: beside the data
+    skip_bad: bool = False            # leave bad rows and images out, and count them, not stop
+    out: str = ""                     # run folder; default: the first free runs/NAME-1, -2, ...
+    verbose: bool = False             # print all settings at the start
 
-    group: int = setting(8, "algorithm", "samples a question (G)")
-    lr: float = setting(1e-6, "algorithm", "learning rate, constant")
-    kl: float = setting(0.01, "algorithm", "coefficient of the KL to the frozen copy; 0 switches it off")
-    clip: float = setting(0.2, "algorithm", "the ratio is clipped to 1 +- this; acts only from the second update on")
-    evidence: str = setting("both", "algorithm", "what the Reasoner sees of the boxes", tuple(REGIONS))
-    judge: str = setting("self", "algorithm", "who settles free-form answers in other words: self (the frozen copy), none, "
-                         "or another model, which then also measures")
-    updates: int = setting(1, "algorithm", "optimizer steps on each batch")
-    weight_decay: float = setting(0.01, "algorithm", "of AdamW, betas are 0.9 and 0.999")
-    max_grad_norm: float = setting(1.0, "algorithm", "the gradient is scaled down to this norm")
-    strict_boxes: bool = setting(False, "algorithm", "whole-image, nested, more than three or unparsable boxes earn 0 in the "
-                                 "perception phase; the paper lets them be")
+    # The schedule
+    schedule: str = "alternate"       # alternate (the paper), joint, perceiver, reasoner, think
+    iterations: int = 1               # times that the schedule's phases are run
+    steps: int = 156                  # steps of a phase
+    questions: int = 64               # questions of a step (Q)
+    eval_every: int = 0               # steps between measurements; 0: only before and after
+    save_every: int = 10              # steps between checkpoints; 0: only at the end
+    sample_every: int = 10            # steps between sample pictures; 0: none
+    seed: int = 0                     # of the order of the data and of the sampler
 
-    max_pixels: int = setting(2_097_152, "limits", "pixel budget of every image the model sees, crops too")
-    perceive_tokens: int = setting(1024, "limits", "longest Perceiver response")
-    reason_tokens: int = setting(2048, "limits", "longest Reasoner response")
-    text_tokens: int = setting(512, "limits", "room for a prompt's text, beside its images at full budget")
-    rollout_batch: int = setting(8, "limits", "questions sampled together, G responses each. At 2B the cache takes 112 KiB a "
-                                 "token: of each prompt once, and of each response")
-    partner_batch: int = setting(16, "limits", "prompts that the frozen partner, or evaluation, answers together")
+    # The algorithm
+    group: int = 8                    # samples of a question (G)
+    lr: float = 1e-6                  # learning rate, constant
+    kl: float = 0.01                  # coefficient of the KL to the frozen copy; 0: none
+    clip: float = 0.2                 # the ratio is clipped to 1 +- this
+    updates: int = 1                  # optimizer steps on each batch; with 1 the clip never acts
+    weight_decay: float = 0.01        # of AdamW; its betas are 0.9 and 0.999
+    max_grad_norm: float = 1.0        # the gradient is scaled down to this norm
+    evidence: str = "both"            # what the Reasoner sees: both, annotated, crops or none
+    judge: str = "self"               # settles free-form answers in other words: self (the frozen
+                                      # copy), none, or another model, which then also measures
+
+    # Limits and memory
+    max_pixels: int = 2_097_152       # pixel budget of every image the model sees, crops too
+    perceive_tokens: int = 1024       # longest Perceiver response
+    reason_tokens: int = 2048         # longest Reasoner response
+    rollout_batch: int = 8            # questions sampled together, G responses each
+    partner_batch: int = 16           # prompts that the frozen copy, or evaluation, takes together
+    checkpointing: bool = True        # recompute activations in the backward pass: slower, smaller
+    offload: bool = False             # masters and moments in the computer's memory, not the GPU's
 
     @property
     def total(self):
         """Steps of the whole run."""
         return self.iterations * len(SCHEDULES[self.schedule]) * self.steps
 
+    def phase_of(self, step):
+        """The phase of a step, 0 .. total - 1."""
+        phases = SCHEDULES[self.schedule]
+        return phases[step // self.steps % len(phases)]
+
+    def measures_at(self, step):
+        """Is accuracy measured after this many steps?"""
+        due = self.eval_every and step % self.eval_every == 0
+        return bool(self.eval_data and (due or step in (0, self.total)))
+
     def check(self):
         """Raises InputError for the first setting that cannot work."""
-        if "joint" in SCHEDULES[self.schedule] and self.questions < 2:
-            raise InputError(f"--schedule {self.schedule} gives each role half of the questions, so --questions must be at least 2")
+        positive = ("iterations", "steps", "questions", "updates", "lr", "clip", "max_grad_norm",
+                    "max_pixels", "perceive_tokens", "reason_tokens", "rollout_batch",
+                    "partner_batch")
+        not_negative = ("eval_every", "save_every", "sample_every", "seed", "kl", "weight_decay")
+        for name in positive + not_negative:
+            value, flag = getattr(self, name), "--" + name.replace("_", "-")
+            if not math.isfinite(value) or value < 0 or (value == 0 and name in positive):
+                least = "more than 0" if name in positive else "0 or more"
+                raise InputError(f"{flag} {value} must be {least}")
+        if self.seed >= 2**32:
+            raise InputError(f"--seed {self.seed} must be less than {2**32}")
         if self.group < 2:
-            raise InputError(f"--group {self.group}: GRPO compares the samples of a group, so it needs at least 2")
-        for name in ("iterations", "steps", "questions", "updates", "max_pixels", "perceive_tokens",
-                     "reason_tokens", "text_tokens", "rollout_batch", "partner_batch", "lr", "clip", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} must be more than 0")
+            raise InputError(f"--group {self.group}: GRPO compares samples, so it needs at least 2")
+        for name, choices in (("schedule", SCHEDULES), ("evidence", REGIONS)):
+            if getattr(self, name) not in choices:
+                raise InputError(f"--{name} {getattr(self, name)} must be {', '.join(choices)}")
+        for name in ("data", "judge"):
+            if not getattr(self, name):
+                raise InputError(f"--{name} is empty")
+        if self.schedule == "joint" and self.questions < 2:
+            raise InputError("--schedule joint needs --questions 2 or more: each role gets half")
 
 
 # ---------------------------------------------------------------------------------------------
-# The two phases: from a batch of questions to groups and rewards
+# The phases: from a step's questions to groups and advantages
 
 
 @dataclass
 class Players:
-    """Who plays, and by which rules. `frozen` and `fixed` are renewed at every phase start."""
+    """Who plays. `frozen` is the policy as it was when the phase began."""
     policy: torch.nn.Module
-    frozen: torch.nn.Module   # the policy as it was when the phase began
-    codec: object             # rollout.Codec of both
-    read_boxes: object        # text -> crop.Parsed
-    grade: object             # (text, example) pairs -> an eval.Score each
-    fixed: dict               # reasoning: example -> (the frozen perceiver's text, its Parsed)
+    frozen: torch.nn.Module
+    codec: object                     # rollout.Codec: text and images <-> tensors, for both
+    judge: object                     # "self", None or an eval.Judge
+
+    def judge_of_training(self):
+        """Who settles free-form answers in other words: never the policy itself."""
+        if self.judge == "self":
+            return evaluation.Judge(self.frozen, self.codec.tokenizer)
+        return self.judge
 
 
 @dataclass
-class Rollouts:
-    """One batch, sampled and rewarded."""
-    groups: list              # Q rollout.Groups, each with G completions of a trained role
-    rewards: torch.Tensor     # (Q, G)
-    parsed: list              # crop.Parsed of every perceiver output of the batch
-    scores: list              # eval.Score of every reasoner output of the batch
-    void: int                 # rollouts that earned 0 by their boxes alone
-    unearned: int             # unparsable box lists that earned what the plain image earns
-    partner_calls: int        # prompts that the frozen partner answered
-    seconds_partner: float
-    shown: tuple              # (example, boxes, perceiver's text, reasoner's text, reward) of one rollout
+class Rollout:
+    """One sample on its way from the question to the reward."""
+    example: object                   # eval.Example: the question, its image and its answer
+    perceived: Completion = None      # what the Perceiver wrote; None: nobody perceived
+    void: str = None                  # the rule that its boxes break, if they break one
+    answer: Completion = None         # what the Reasoner wrote; None: it was not asked
+    score: evaluation.Score = None
+    reward: float = 0.0
+
+    @property
+    def boxes(self):
+        return self.perceived.parsed.boxes if self.perceived else []
 
 
-def perception(play, batch, s, generator):
-    """The policy perceives, G times a question; the frozen copy reasons; its answer pays the boxes."""
-    groups = list(perceive(play.policy, play.codec, waiting(batch, "sampling boxes"), group=s.group,
-                           max_tokens=s.perceive_tokens, batch=s.rollout_batch, generator=generator))
-    start = time.perf_counter()
-    parsed = [[play.read_boxes(c.text) for c in group.completions] for group in groups]  # Q rows of G
-    # The partner is greedy, so equal boxes get equal answers: each distinct evidence is asked once.
-    # (Labels never reach it; the order of the boxes does.) Void rollouts earn 0 and need no answer.
-    void = [[violation(p.boxes) or (s.strict_boxes and ", ".join(sorted(tricks(p)))) for p in row] for row in parsed]
-    cases = {evidence(q, p): (batch[q], p.boxes) for q, row in enumerate(parsed) for p, why in zip(row, void[q]) if not why}
-    answers = reason(play.frozen, play.codec, waiting(cases.values(), "frozen reasoner"), s.evidence, greedy=True,
-                     max_tokens=s.reason_tokens, batch=s.partner_batch)
-    texts = {key: group.completions[0] for key, group in zip(cases, answers)}
-    scores = dict(zip(texts, play.grade([(c.text, batch[key[0]]) for key, c in texts.items()])))
-    rewards = torch.tensor([[0.0 if why else scores[evidence(q, p)].reward for p, why in zip(row, void[q])]
-                            for q, row in enumerate(parsed)])                            # (Q, G)
-    seconds = time.perf_counter() - start
-    flat, first = [p for row in parsed for p in row], evidence(0, parsed[0][0])
-    shown = (batch[0], parsed[0][0].boxes, groups[0].completions[0],
-             f"(not asked: {void[0][0]})" if void[0][0] else texts[first], rewards[0, 0].item())
-    unearned = sum(reward > 0 and not p.parsable for p, reward in zip(flat, rewards.flatten().tolist()))
-    return Rollouts(groups, rewards, flat, list(scores.values()), sum(map(bool, sum(void, []))), unearned, len(cases), seconds, shown)
+@dataclass
+class Experience:
+    """What a phase hands to the update, and the records behind it for those who look on."""
+    groups: list                      # of rollout.Group: a prompt and its completions
+    advantages: list                  # for each group a tensor, as long as the group
+    rollouts: list                    # of Rollout, one for each completion, group after group
+    partner_calls: int = 0            # prompts that the frozen copy answered
+    partner_seconds: float = 0.0
 
 
-def evidence(q, parsed):
-    """Equal keys, equal evidence: the question's place in the batch and the coordinates in order."""
-    return q, tuple(box[:4] for box in parsed.boxes)
+def perception(players, questions, s, generator):
+    """Train the Perceiver: the policy writes box lists, the frozen copy answers from each."""
+    # 1. The policy perceives, G times for each question.
+    groups = list(perceive(
+        players.policy, players.codec, progress(questions, "sampling boxes"), group=s.group,
+        max_tokens=s.perceive_tokens, rows=s.rollout_batch, generator=generator))
+    rollouts = []
+    for example, group in zip(questions, groups):
+        for completion in group.completions:
+            rollouts.append(Rollout(example, perceived=completion))
+
+    # 2. Boxes that break the paper's rule are void: they earn nothing and need no answer.
+    for rollout in rollouts:
+        rollout.void = violation(rollout.boxes)
+
+    # 3. The frozen copy answers. It is greedy, so equal evidence gets equal answers: each distinct
+    #    list of boxes is asked once. (Labels never reach the Reasoner; the order of boxes does.)
+    asked = {}
+    for place, rollout in enumerate(rollouts):
+        if not rollout.void:
+            coordinates = tuple(box[:4] for box in rollout.boxes)
+            asked.setdefault((place // s.group, coordinates), []).append(rollout)
+    cases = [(same[0].example, same[0].boxes) for same in asked.values()]
+
+    started = time.perf_counter()
+    answers = reason(
+        players.frozen, players.codec, progress(cases, "frozen Reasoner"), s.evidence,
+        greedy=True, max_tokens=s.reason_tokens, rows=s.partner_batch)
+    for same, group in zip(asked.values(), answers):
+        for rollout in same:
+            rollout.answer = group.completions[0]
+    seconds = time.perf_counter() - started
+
+    # 4. The answer pays the boxes. The frozen copy cannot learn to write <answer> tags, so where it
+    #    forgets them its whole text is read, or boxes would be paid for its habit.
+    pay(rollouts, players.judge_of_training(), whole_text=True)
+    return Experience(groups, advantages_of(groups, rollouts), rollouts, len(cases), seconds)
 
 
-def reasoning(play, batch, s, generator, plain=False):
-    """The frozen copy perceives, once a question and phase; the policy reasons, G times; its answers pay.
-    With `plain` there are no roles: the policy thinks and answers on the plain image."""
-    start = time.perf_counter()
-    fixed = dict.fromkeys(batch, ("(nobody perceives)", Parsed([], True, 0))) if plain else play.fixed
-    new = [example for example in dict.fromkeys(batch) if example not in fixed]
-    found = perceive(play.frozen, play.codec, waiting(new, "frozen perceiver"), greedy=True,
-                     max_tokens=s.perceive_tokens, batch=s.partner_batch)
-    texts = [group.completions[0].text for group in found]  # all of them before any is kept: an image may fail
-    fixed.update((example, (text, play.read_boxes(text))) for example, text in zip(new, texts))
-    seconds = time.perf_counter() - start
-    cases = [(example, fixed[example][1].boxes) for example in batch]
-    groups = list(reason(play.policy, play.codec, waiting(cases, "sampling answers"), s.evidence, group=s.group,
-                         max_tokens=s.reason_tokens, batch=s.rollout_batch, generator=generator))
-    scores = play.grade([(c.text, example) for example, group in zip(batch, groups) for c in group.completions])
-    rewards = torch.tensor([score.reward for score in scores]).view(len(batch), s.group)  # (Q, G)
-    shown = (*cases[0], fixed[batch[0]][0], groups[0].completions[0], rewards[0, 0].item())
-    return Rollouts(groups, rewards, [fixed[example][1] for example in batch], scores, 0, 0, len(new), seconds, shown)
+def reasoning(players, questions, s, generator, perceiving=True):
+    """Train the Reasoner: the frozen copy writes one box list, the policy answers G times from it.
+
+    With perceiving=False there are no roles: the policy thinks and answers on the plain image.
+    """
+    # 1. The frozen copy perceives, greedily: one box list for each question.
+    started = time.perf_counter()
+    perceived = [None] * len(questions)
+    if perceiving:
+        looks = perceive(
+            players.frozen, players.codec, progress(questions, "frozen Perceiver"),
+            greedy=True, max_tokens=s.perceive_tokens, rows=s.partner_batch)
+        perceived = [group.completions[0] for group in looks]
+    seconds = time.perf_counter() - started
+
+    # 2. The policy answers, G times for each question, all from the same evidence.
+    cases = []
+    for example, look in zip(questions, perceived):
+        cases.append((example, look.parsed.boxes if look else []))
+    groups = list(reason(
+        players.policy, players.codec, progress(cases, "sampling answers"), s.evidence,
+        group=s.group, max_tokens=s.reason_tokens, rows=s.rollout_batch, generator=generator))
+
+    # 3. One record for each answer. (Here no boxes are void: nobody is trained to write them.)
+    rollouts = []
+    for example, look, group in zip(questions, perceived, groups):
+        for completion in group.completions:
+            rollouts.append(Rollout(example, perceived=look, answer=completion))
+
+    # 4. Each answer pays itself. It can learn the <answer> tags, so without them it earns nothing.
+    pay(rollouts, players.judge_of_training())
+    calls = len(questions) if perceiving else 0
+    return Experience(groups, advantages_of(groups, rollouts), rollouts, calls, seconds)
 
 
-def joint(play, batch, s, generator):
-    """Both roles in one update: the first half of the questions trains the Perceiver, the rest the Reasoner, G samples
-    each. The loss is one mean over all tokens, so the role that writes more weighs more."""
-    half = len(batch) // 2
-    a, b = perception(play, batch[:half], s, generator), reasoning(play, batch[half:], s, generator)
-    sums = {name: getattr(a, name) + getattr(b, name) for name in ("groups", "parsed", "scores", "void", "unearned",
-                                                                   "partner_calls", "seconds_partner")}
-    return Rollouts(**sums, rewards=torch.cat([a.rewards, b.rewards]), shown=a.shown)
+def joint(players, questions, s, generator):
+    """Both roles in one update: half of the questions train the Perceiver, half the Reasoner.
+
+    The loss is one mean over all tokens, so the role that writes more weighs more.
+    """
+    half = len(questions) // 2
+    a = perception(players, questions[:half], s, generator)
+    b = reasoning(players, questions[half:], s, generator)
+    return Experience(
+        a.groups + b.groups, a.advantages + b.advantages, a.rollouts + b.rollouts,
+        a.partner_calls + b.partner_calls, a.partner_seconds + b.partner_seconds)
 
 
-PHASES = {"perception": perception, "reasoning": reasoning, "joint": joint, "thinking": functools.partial(reasoning, plain=True)}
+PHASES = {
+    "perception": perception,
+    "reasoning": reasoning,
+    "joint": joint,
+    "thinking": functools.partial(reasoning, perceiving=False),
+}
+
+
+def reward(rollout):
+    """What a rollout earns: 1 for a right final answer, 0 for a wrong one and for void boxes.
+
+    This is the place for another reward: rollout.example (with .boxes, where the data has them),
+    rollout.boxes, rollout.answer.text and rollout.score are at hand.
+    """
+    if rollout.void:
+        return 0.0
+    return rollout.score.reward
+
+
+def pay(rollouts, judge, whole_text=False):
+    """Set .score of all answered rollouts and .reward of all, by evaluation's own check."""
+    answered = [rollout for rollout in rollouts if rollout.answer]
+    pairs = [(rollout.answer.text, rollout.example) for rollout in answered]
+    for rollout, score in zip(answered, evaluation.grade(pairs, judge, whole_text)):
+        rollout.score = score
+    for rollout in rollouts:
+        rollout.reward = reward(rollout)
+
+
+def advantages_of(groups, rollouts):
+    """The rewards of each group -> its advantages, a list of (G,) tensors."""
+    rewards = torch.tensor([rollout.reward for rollout in rollouts])             # (Q G,)
+    sizes = [len(group.completions) for group in groups]
+    return [grpo.group_advantages(part) for part in rewards.split(sizes)]
 
 
 # ---------------------------------------------------------------------------------------------
 # The loop
 
 
-def train(s, read_boxes=parse_boxes, score=evaluation.score, resume=False):
-    """Run PRA-GRPO with Settings `s`; with `resume`, go on with the run in the folder s.out. Returns the run folder.
+def train(s, run):
+    """Run PRA-GRPO with Settings `s`; `run` is the Run that holds its folder. Returns the folder.
 
-    read_boxes: text -> crop.Parsed. score: (text, example) -> eval.Score. Another reward or another
-    box format is another function here; tests and benchmarks inject theirs the same way.
-    Raises InputError for what the user can mend, after saving if it happens in the loop; a reward is never invented.
+    Raises InputError for what the user can mend; a reward is never invented.
     """
-    s.check()
-    examples = evaluation.load_data(s.data, s.images, s.skip_bad)
-    held_out = evaluation.load_data(s.eval_data, s.images, s.skip_bad, "--eval-data") if s.eval_data else []
-    source, device = find(s.model), evaluation.device()
-    policy, codec = load(source, s.max_pixels, device)
-    codec.check(example.question for example in examples + held_out)
-    examples, held_out = (fitting(codec, some, s.text_tokens, max(s.perceive_tokens, s.reason_tokens), s.skip_bad)
-                          for some in (examples, held_out))
-    judge = evaluation.Judge.load(s.judge, device) if s.judge not in ("self", "none") else None
-    run = Path(s.out) if resume else grpo.new_run_folder(s)
-    # Activation checkpointing on language and vision layers; transformers renamed the switch in 5.2x.
-    checkpointing = getattr(policy, "activation_checkpointing_enable", None) or policy.gradient_checkpointing_enable
-    checkpointing({"use_reentrant": False})
-    optimizer = grpo.MasterAdamW(policy, s.lr, weight_decay=s.weight_decay)
-    last, state = grpo.go_on(run, s, examples) if resume else (None, {})
-    step, report, bad_steps = state.get("step", 0), state.get("report", {}), state.get("bad_steps", 0)
-    if last:
-        optimizer.load_masters(last)
+    # Whatever a bad flag, row or model folder can break is found here, before anything is trained.
+    examples, held_out, policy, codec, judge = prepare(s)
+    players = Players(policy, frozen=None, codec=codec, judge=judge)
+    optimizer = grpo.MasterAdamW(policy, s.lr, weight_decay=s.weight_decay, offload=s.offload)
+    run.begin(players, optimizer)  # a new folder, or the state of the newest checkpoint
 
-    how = evaluation.Protocol(evidence=s.evidence, max_pixels=s.max_pixels, perceive_tokens=s.perceive_tokens,
-                              reason_tokens=s.reason_tokens, penalty=1.0, batch=s.partner_batch)
+    for step in range(run.step, s.total):
+        phase = s.phase_of(step)
 
-    def measure():
-        return evaluation.evaluate(policy, codec, held_out, how, judge)  # a model never grades itself here
+        # A phase begins. A frozen copy of the policy plays the other role until it ends, and
+        # anchors the KL. Adam starts afresh: the paper launches each phase anew.
+        if step % s.steps == 0:
+            players.frozen = frozen_copy(policy)
+            optimizer.forget_moments()
+        if s.measures_at(step) and step not in run.accuracy:
+            run.log_accuracy(step, measure(players, held_out, s))
 
-    def save():
-        """All that the next step depends on, beside what `draw` and the sampler's seed derive from its number."""
-        tensors, fixed = optimizer.state(), {}
-        if step % s.steps:
-            tensors["frozen"] = dict(frozen.named_parameters())
-            fixed = {place: play.fixed[example][0] for place, example in enumerate(examples) if example in play.fixed}
-        else:
-            del tensors["optimizer"]  # the next phase starts with a frozen copy, boxes and moments of its own
-        grpo.save_checkpoint(run, source, tensors, dict(
-            step=step, iteration=iteration, phase=phase, settings=dataclasses.asdict(s), data=grpo.data_key(examples),
-            fixed=fixed, report=report, bad_steps=bad_steps, random=grpo.random_state()))
+        # 1. Roll out: both roles play, the final answer pays the role that is trained.
+        started = time.perf_counter()
+        questions = questions_of(examples, step, s)
+        generator = torch.Generator(policy.device).manual_seed(s.seed * 1_000_003 + step)
+        experience = PHASES[phase](players, questions, s, generator)
 
-    print(grpo.disk_use(run, policy))
-    real = policy.num_parameters() > 1e8
-    if real:
-        print("estimated peak memory: " + ", ".join(f"{gib:.0f} GiB {doing}" for doing, gib in grpo.estimate_memory(policy, s).items()))
-    iteration, phase, end = 1, SCHEDULES[s.schedule][0], 0
-    with grpo.kept(run, save) as asked_to_stop, tqdm(total=s.total, initial=step, unit="step") as bar:
-        if held_out:
-            report = report or {"before": measure(), "during": []}
-            grpo.write_json(run / "eval.json", report)
-        for iteration, phase in itertools.product(range(1, s.iterations + 1), SCHEDULES[s.schedule]):
-            end += s.steps
-            if step >= end:
-                continue  # this phase was over before the run was resumed
-            # One frozen copy for the whole phase: it plays the other role and anchors the KL.
-            frozen = copy.deepcopy(policy).eval().requires_grad_(False)
-            grade = functools.partial(evaluation.grade, rule=score,
-                                      judge=evaluation.Judge(frozen, codec.tokenizer) if s.judge == "self" else judge)
-            play = Players(policy, frozen, codec, read_boxes, grade, fixed={})
-            optimizer.reset()
-            if step % s.steps:  # resumed inside this phase
-                grpo.read_into(last / "frozen.safetensors", dict(frozen.named_parameters()))
-                optimizer.load_moments(last)
-                play.fixed = {examples[int(i)]: (text, read_boxes(text)) for i, text in state["fixed"].items()}
-            bar.set_description(f"iteration {iteration} {phase}")
-            while step < end:
-                due = held_out and s.eval_every and step > 0 and step % s.eval_every == 0
-                if due and step not in [row["step"] for row in report["during"]]:
-                    report["during"].append({"step": step, **measure()})
-                    grpo.write_json(run / "eval.json", report)
-                start = time.perf_counter()
-                batch = draw(examples, step, s)
-                generator = torch.Generator(device).manual_seed(s.seed * 1_000_003 + step)
-                rollouts = PHASES[phase](play, batch, s, generator)  # ends, as the update does, by fetching results: the GPU is done
-                sampled = time.perf_counter()
-                update = grpo.update_batch(
-                    policy, frozen, optimizer, rollouts.groups, grpo.group_advantages(rollouts.rewards),
-                    banned=codec.banned, kl=s.kl, clip=s.clip, max_norm=s.max_grad_norm, updates=s.updates)
-                step += 1
-                update["nonfinite"] = bad = [batch[q].id for q in update["nonfinite"]]
-                bad_steps = bad_steps + 1 if bad else 0  # in a row
-                metrics = {"step": step, "iteration": iteration, "phase": phase, **summary(rollouts), **update, "skipped": int(bool(bad)),
-                           "seconds_rollout": sampled - start - rollouts.seconds_partner,
-                           "seconds_partner": rollouts.seconds_partner, "seconds_update": time.perf_counter() - sampled,
-                           "peak_gib": grpo.peak_gib(device), "lr": s.lr}
-                metrics["tokens_per_s"] = metrics["tokens"] / metrics["seconds_rollout"]
-                grpo.append_json(run / "metrics.jsonl", metrics)
-                if real and bar.n == bar.initial:
-                    hours = (s.total - step) * (time.perf_counter() - start) / 3600
-                    tqdm.write(f"time left, estimated from the first step: {hours:.1f} hours")
-                if s.sample_every and (step == 1 or step % s.sample_every == 0):
-                    save_sample(run, step, phase, *rollouts.shown)
-                bar.set_postfix(reward=f"{metrics['reward_mean']:.2f}", kl=f"{metrics['kl']:.3f}")
-                bar.update()
-                if bad:
-                    tqdm.write(f"step {step} updated nothing: loss or gradient is not finite for question {', '.join(bad)}")
-                if bad_steps >= 3:
-                    raise InputError(f"{bad_steps} updates in a row were not finite: look at question {', '.join(bad)}, or lower --lr")
-                if step == s.total or asked_to_stop or (s.save_every and step % s.save_every == 0):
-                    save()
-                if asked_to_stop:
-                    sys.exit(128 + asked_to_stop[0])
-            del play, grade, frozen  # before the next copy is made
-        if held_out:
-            report["after"] = measure()
-            grpo.write_json(run / "eval.json", report)
-        grpo.save_model(policy, source, run / "final")
-        grpo.finish(run, step)
-    if held_out:
-        evaluation.print_report(report)
-    print(f"run folder: {run} (metrics.jsonl, samples/, final/)")
-    return run
+        # 2. Learn: one GRPO update on what that role sampled.
+        rolled_out = time.perf_counter()
+        update = grpo.update_batch(
+            policy, players.frozen, optimizer, experience.groups, experience.advantages,
+            banned=codec.banned, kl=s.kl, clip=s.clip, max_norm=s.max_grad_norm, updates=s.updates)
+
+        # 3. Look on: metrics, now and then a picture.
+        seconds = {"seconds_rollout": rolled_out - started - experience.partner_seconds,
+                   "seconds_partner": experience.partner_seconds,
+                   "seconds_update": time.perf_counter() - rolled_out}
+        update["nonfinite"] = [questions[q].id for q in update["nonfinite"]]
+        run.log({"step": step + 1, "phase": phase, **metrics_of(experience), **update, **seconds})
+        if s.sample_every and (step == 0 or (step + 1) % s.sample_every == 0):
+            save_sample(run.folder / "samples", step + 1, phase, experience.rollouts[0], codec)
+
+        # 4. Keep: the weights of every finished phase, and a checkpoint to resume from.
+        if (step + 1) % s.steps == 0:
+            run.save_model(f"phases/{(step + 1) // s.steps}-{phase}")
+        run.checkpoint()
+
+    if s.measures_at(s.total) and s.total not in run.accuracy:
+        run.log_accuracy(s.total, measure(players, held_out, s))
+    run.save_model("final")
+    return run.folder
 
 
-def draw(examples, step, s):
+def frozen_copy(policy):
+    """The policy as it is now. One bf16 copy serves as the other role and as the KL's reference."""
+    return copy.deepcopy(policy).eval().requires_grad_(False)
+
+
+def questions_of(examples, step, s):
     """The Q questions of a step: shuffled passes over the data, one after another.
 
-    A function of (seed, step) alone: no state to lose, and any step can be looked up later.
+    A function of (seed, step) alone, so there is no cursor to save and any step can be looked up.
     """
-    places = range(step * s.questions, (step + 1) * s.questions)
-    orders = {}
-    for epoch in {place // len(examples) for place in places}:
-        orders[epoch] = random.Random(f"{s.seed}-{epoch}").sample(examples, len(examples))
-    return [orders[place // len(examples)][place % len(examples)] for place in places]
-
-
-def summary(rollouts):
-    """The metrics of one batch's rollouts; README.md says what each one tells."""
-    completions = [c for group in rollouts.groups for c in group.completions]
-    tokens, boxes = sum(len(c.ids) for c in completions), [b for p in rollouts.parsed for b in p.boxes]
-    mean = evaluation.mean
-    return {
-        "reward_mean": rollouts.rewards.mean().item(),
-        "reward_std": rollouts.rewards.std(dim=1).mean().item(),
-        "zero_variance": mean(grpo.equal_groups(rollouts.rewards)),
-        "tokens": tokens,
-        "response_tokens": tokens / len(completions),
-        "truncated": mean(not c.ended for c in completions),
-        "unparsable": mean(not p.parsable for p in rollouts.parsed),
-        "unanswered": mean(not score.answered for score in rollouts.scores),
-        "judged": mean(score.judged for score in rollouts.scores),
-        "void": rollouts.void / len(completions),
-        **{f"boxes_{name}": mean(name in tricks(p) for p in rollouts.parsed) for name in ("whole", "nested", "many")},
-        "unparsable_rewarded": rollouts.unearned / len(completions),
-        "boxes": len(boxes) / len(rollouts.parsed),
-        "box_area": mean((b.x2 - b.x1) * (b.y2 - b.y1) / 1e6 for b in boxes),
-        "partner_calls": rollouts.partner_calls,
-    }
-
-
-def save_sample(run, step, phase, example, boxes, perceived, reasoned, reward):
-    texts = [("perceiver", perceived), ("reasoner", reasoned), ("truth", example.answer), ("reward", f"{reward:g}")]
-    page = picture(example.load_image(), boxes, example.question, [(title, str(text)) for title, text in texts])
-    (run / "samples").mkdir(exist_ok=True)
-    page.save(run / "samples" / f"{step:05d}-{phase}.png")
+    order, chosen = {}, []
+    for place in range(step * s.questions, (step + 1) * s.questions):
+        epoch, index = divmod(place, len(examples))
+        if epoch not in order:
+            order[epoch] = random.Random(f"{s.seed}-{epoch}").sample(examples, len(examples))
+        chosen.append(order[epoch][index])
+    return chosen
 
 
 def main(arguments=None):
-    """The command line, made from Settings. Explicit flags win over the toy's values."""
+    """The command line, made from Settings. A given flag wins over the toy's or the run's value."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     evaluation.add_flags(parser, Settings)
-    parser.add_argument("--resume", metavar="RUN",
-                        help="go on with this run folder; may come with --" + ", --".join(sorted(grpo.MAY_CHANGE)).replace("_", "-"))
-    explicit = vars(parser.parse_args(arguments))
-    resume = explicit.pop("resume")
+    parser.add_argument("--resume", metavar="RUN", help="go on with this run; flags given here win")
+    given = vars(parser.parse_args(arguments))
+    resume = given.pop("resume")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+    # Settings come from the run that goes on, or from the toy where no model is named.
+    if resume is not None:
+        s = settings_of_run(resume, given)
+    elif "model" in given:
+        s = Settings(**given)
+    else:
+        s = Settings(**toy.defaults() | given)
+    s.check()
+
+    # Tell what is going to happen. Thirty settings are only listed for whoever asks about one.
+    phases = " and ".join(dict.fromkeys(SCHEDULES[s.schedule]))
+    print(f"{s.total} steps ({phases}) of {s.questions} questions x {s.group} samples, on {s.data}")
+    print("In each phase one role is trained; a frozen copy of the model plays the other.")
+    if given:
+        for name, value in dataclasses.asdict(s).items():
+            print(f"  {name:16} {value}")
+
+    with Run(s, resume is not None) as run:
+        train(s, run)
+
+    # Show what came out, and where to look next.
+    if run.accuracy:
+        titles = {0: "before", s.total: "after"}
+        columns = [(titles.get(step, f"step {step}"), row) for step, row in run.accuracy.items()]
+        evaluation.print_accuracy(columns)
+    print(f"\npictures    {run.folder}/samples/   what was boxed, answered and paid")
+    print(f"curves      {run.folder}/metrics.jsonl   (drawn by python tests/plot.py {run.folder})")
+    if "model" in given or resume is not None:
+        print(f"weights     {run.folder}/final/   (python eval.py --model {run.folder}/final ...)")
+    else:
+        print("a real run  python p2r_min.py --model Qwen/Qwen3-VL-2B-Instruct")
+
+
+# =============================================================================================
+# Skip on a first reading: what train() is given, how a run is watched, and the run's folder
+
+
+def prepare(s):
+    """Load everything -> (training examples, held-out examples, policy, codec, judge)."""
+    # Data first: a bad row should not cost the minutes that a model takes to load.
+    examples = evaluation.load_data(s.data, s.images, s.skip_bad)
+    held_out = []
+    if s.eval_data:
+        held_out = evaluation.load_data(s.eval_data, s.images, s.skip_bad, "--eval-data")
+
+    policy, codec = load(find(s.model), s.max_pixels)
+    longest = max(s.perceive_tokens, s.reason_tokens)
+    examples = fitting(codec, examples, longest, s.skip_bad)
+    held_out = fitting(codec, held_out, longest, s.skip_bad)
+    if s.checkpointing:
+        grpo.checkpoint_activations(policy)
+
+    judge = None if s.judge == "none" else s.judge
+    if judge not in ("self", None):
+        judge = evaluation.Judge.load(s.judge, policy.device)
+    return examples, held_out, policy, codec, judge
+
+
+def measure(players, held_out, s):
+    """Held-out accuracy of the policy in both roles, as eval.evaluate returns it: greedy, and under
+    the budgets of training. Only a judge of its own is asked: no model grades itself here."""
+    protocol = evaluation.Protocol(
+        evidence=s.evidence, max_pixels=s.max_pixels, perceive_tokens=s.perceive_tokens,
+        reason_tokens=s.reason_tokens, penalty=1.0, batch=s.partner_batch)
+    judge = None if players.judge == "self" else players.judge
+    return evaluation.evaluate(players.policy, players.codec, held_out, protocol, judge)
+
+
+def metrics_of(experience):
+    """What a step's rollouts say, as a dict for metrics.jsonl. Shares are of 1; None: of nothing.
+
+    reward_mean      should rise over tens of steps
+    reward_std       spread inside a group, mean over groups
+    zero_variance    groups whose samples all earned the same: they teach nothing. Near 1: the
+                     questions are too easy or too hard
+    tokens           sampled tokens of the trained role, of the whole step
+    response_tokens  the same, a response; collapses with the reward: lower --lr
+    truncated        responses cut off by the token limit
+    void             rollouts that earned 0 by the paper's rule on boxes (crop.violation)
+    unparsable       Perceiver outputs without a box list; they earn what [] earns
+    boxes, box_area  boxes of a Perceiver output; mean share of the image that a box covers
+    whole_boxes      boxes that cover nearly everything (crop.WHOLE). The paper pays for them, too:
+                     rising with the reward, they mean that nothing is pointed at any more
+    unanswered       answers of the trained Reasoner without <answer>: they earn 0
+    untagged         answers of the frozen Reasoner without <answer>: they are read as a whole
+    judged           answers that went to the judge. A jump with the reward: it may be fooled
+    partner_calls    prompts that the frozen copy answered
+    """
+    rollouts = experience.rollouts
+    completions = [c for group in experience.groups for c in group.completions]
+    rewards = torch.tensor([rollout.reward for rollout in rollouts])             # (Q G,)
+    by_group = rewards.split([len(group.completions) for group in experience.groups])
+    tokens = sum(len(c.ids) for c in completions)
+
+    # A rollout's own tokens are its box list in the perception phase, its answer in the reasoning
+    # phase. Only the trained role's answers need tags.
+    trained = {id(c) for c in completions}
+    looks = [rollout.perceived.parsed for rollout in rollouts if rollout.perceived]
+    boxes = [box for parsed in looks for box in parsed.boxes]
+    scored = [rollout for rollout in rollouts if rollout.score]
+    own = [rollout.score for rollout in scored if id(rollout.answer) in trained]
+    partners = [rollout.score for rollout in scored if id(rollout.answer) not in trained]
+
+    return {
+        "reward_mean": rewards.mean().item(),
+        "reward_std": mean(group.std() for group in by_group),
+        "zero_variance": mean((group == group[0]).all() for group in by_group),
+        "tokens": tokens,
+        "response_tokens": tokens / len(completions),
+        "truncated": mean(not c.ended for c in completions),
+        "void": mean(rollout.void is not None for rollout in rollouts),
+        "unparsable": mean(not parsed.parsable for parsed in looks),
+        "boxes": mean(len(parsed.boxes) for parsed in looks),
+        "box_area": mean(box.area for box in boxes),
+        "whole_boxes": mean(box.area >= WHOLE for box in boxes),
+        "unanswered": mean(not score.answered for score in own),
+        "untagged": mean(not score.answered for score in partners),
+        "judged": mean(rollout.score.judged for rollout in scored),
+        "partner_calls": experience.partner_calls,
+    }
+
+
+def save_sample(folder, step, phase, rollout, codec):
+    """One rollout as a picture for people: the evidence, what the model sees of it, all texts."""
+    example = rollout.example
+    image = example.load_image()
+    _, crops = gather(image, rollout.boxes)
+    unasked = f"(not asked: the boxes are void, {rollout.void})"
+    texts = [("perceiver", str(rollout.perceived or "(nobody perceives)")),
+             ("reasoner", str(rollout.answer or unasked)),
+             ("truth", example.answer),
+             ("reward", f"{rollout.reward:g}")]
+    seen = [codec.scaled(part) for part in [image, *crops[:1]]]
+    page = picture(image, rollout.boxes, example.question, texts, seen)
+    folder.mkdir(exist_ok=True)
+    page.save(folder / f"{step:05d}-{phase}.png")
+
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+if hasattr(signal, "SIGHUP"):  # not on Windows
+    SIGNALS.append(signal.SIGHUP)
+
+
+class Run:
+    """A run's folder, as a context: `with Run(s, resumed) as run: train(s, run)`.
+
+        config.json            the settings
+        metrics.jsonl          a line a step: metrics_of, grpo.update_batch, seconds_*, peak_gib
+        accuracy.jsonl         a line a measurement: eval.evaluate
+        samples/               pictures
+        phases/1-perception/   bf16 weights at the end of each phase, an ordinary model folder
+        final/                 the same, at the end of the run
+        checkpoints/step-N/    float32 masters, Adam's moments, frozen copy; the newest two stay
+
+    Killed at any moment and resumed, a run ends with the same bits as an undisturbed one (on a CPU;
+    some GPU kernels add in no fixed order). This rests on three things. What is not in a checkpoint
+    is a function of (settings, step). A folder is written beside its place, flushed, then renamed.
+    Both logs are cut back to the checkpoint that the run goes on from.
+    """
+
+    def __init__(self, s, resumed):
+        self.s, self.resumed = s, resumed
+        self.folder = Path(s.out or next_free_folder(s.model))
+        self.step, self.accuracy = 0, {}      # steps done; step -> eval.evaluate's dict
+        self.interrupt = None                 # number of the signal that asked to stop
+        self.lock, self.bar, self.handlers = None, None, {}
+        if not resumed and (self.folder / "config.json").exists():
+            raise InputError(f"--out {s.out} holds a run: choose another, or --resume {s.out}")
+
+    def begin(self, players, optimizer):
+        """Make the folder, or take players and optimizer back to its newest checkpoint."""
+        self.players, self.optimizer = players, optimizer
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = lock(self.folder / "lock")  # two processes would destroy each other's logs
+
+        # What the next step depends on. A phase that begins there makes its own frozen copy.
+        if self.checkpoints():
+            newest = self.checkpoints()[-1]
+            try:
+                optimizer.load(newest)
+                players.frozen = frozen_copy(players.policy)
+                frozen = dict(players.frozen.named_parameters())
+                grpo.load_into(frozen, newest / "frozen.safetensors")
+            except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+                raise InputError(f"{newest} cannot be read ({error}): move it away to go on from "
+                                 f"the checkpoint before it") from error
+            self.step = int(newest.name[5:])
+
+        # Both logs end where the run goes on: what comes now is written again.
+        for name in ("metrics.jsonl", "accuracy.jsonl"):
+            rows = [row for row in read_jsonl(self.folder / name) if row["step"] <= self.step]
+            write_whole(self.folder / name, "".join(json.dumps(row) + "\n" for row in rows))
+        self.accuracy = {row["step"]: row for row in rows}
+        write_whole(self.folder / "config.json", json.dumps(dataclasses.asdict(self.s), indent=2))
+        for number in SIGNALS:
+            self.handlers[number] = signal.signal(number, self.save_on_interrupt)
+
+    def save_on_interrupt(self, number, frame):
+        """The first signal asks the loop to save after its step; a second one acts at once."""
+        self.interrupt = number
+        for other in SIGNALS:
+            signal.signal(other, signal.default_int_handler)
+        os.write(2, b"\nfinishing this step, then saving; once more stops at once\n")
+
+    def log_accuracy(self, step, found):
+        self.accuracy[step] = {"step": step, **found}
+        append_json(self.folder / "accuracy.jsonl", self.accuracy[step])
+
+    def log(self, metrics):
+        """One line of metrics, a bar for each phase; off a terminal a printed line now and then."""
+        append_json(self.folder / "metrics.jsonl", metrics | {"peak_gib": peak_gib()})
+        self.step, phase = metrics["step"], metrics["phase"]
+        told = {"reward": f"{metrics['reward_mean']:.2f}", "kl": f"{metrics['kl']:.3f}"}
+        seconds = sum(value for name, value in metrics.items() if name.startswith("seconds"))
+
+        # (With disable=None the bar shows on a terminal only.)
+        done = (self.step - 1) % self.s.steps
+        if done == 0 or self.bar is None:
+            self.bar = tqdm(total=self.s.steps, initial=done, desc=f"{phase} phase", disable=None)
+        self.bar.set_postfix(told)
+        self.bar.update()
+        if done + 1 == self.s.steps:
+            self.bar.close()
+        if self.bar.disable and self.step % 5 in (0, 1):
+            hours = seconds * (self.s.total - self.step) / 3600
+            print(f"step {self.step}/{self.s.total} {phase}: reward {told['reward']}, "
+                  f"kl {told['kl']}, {seconds:.1f} s a step, {hours:.1f} h left", flush=True)
+
+        if metrics["nonfinite"]:
+            tqdm.write(f"step {self.step} updated nothing: loss or gradient is not finite for "
+                       f"question {', '.join(metrics['nonfinite'])}; look at it, or lower --lr")
+
+    def checkpoint(self):
+        """Save when it is due, at the end, or when a signal asked for it; then leave."""
+        every = self.s.save_every
+        if self.interrupt or self.step == self.s.total or (every and self.step % every == 0):
+            self.save()
+        if self.interrupt:
+            raise SystemExit(128 + self.interrupt)
+
+    def save(self):
+        """All that the next step depends on. Raises InputError for weights that are not finite."""
+        tensors = self.optimizer.state()
+        tensors["frozen"] = dict(self.players.frozen.named_parameters())
+        for name, master in tensors["masters"].items():
+            if not master.isfinite().all():
+                raise InputError(f"{name} is not finite after step {self.step}: not saved; resume "
+                                 f"with a lower --lr")
+
+        # The newest two stay: one may be all there is when the power goes while a third is written.
+        with written(self.folder / "checkpoints" / f"step-{self.step:05d}") as new:
+            new.mkdir(parents=True)
+            for name, group in tensors.items():
+                save_file(group, new / f"{name}.safetensors")
+        for old in self.checkpoints()[:-2]:
+            shutil.rmtree(old)
+
+    def checkpoints(self):
+        """This run's checkpoints, oldest first. Whatever else lies there is not ours."""
+        found = (self.folder / "checkpoints").glob("step-*")
+        ours = [path for path in found if re.fullmatch(r"step-\d{5,}", path.name)]
+        return sorted(ours, key=lambda path: int(path.name[5:]))
+
+    def save_model(self, name):
+        """The policy as a bf16 model folder, with the budgets that eval.py takes over."""
+        budgets = {key: getattr(self.s, key) for key in evaluation.BUDGETS}
+        (self.folder / "phases").mkdir(exist_ok=True)
+        with written(self.folder / name) as new:
+            write_model(self.players.policy, find(self.s.model), new)
+            (new / "p2r.json").write_text(json.dumps(budgets))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        """Say how to go on, whatever ended the run; after a mistake in the data, save first."""
+        if not self.lock:
+            return
+        self.lock.close()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if self.bar:
+            self.bar.close()
+
+        again = f"go on with: python p2r_min.py --resume {shlex.quote(str(self.folder))}"
+        if isinstance(error, InputError) and self.players.frozen:
+            self.save()
+            raise InputError(f"{error}; saved, {again}") from error
+        if isinstance(error, (OSError, SafetensorError)):
+            raise InputError(f"cannot write to {self.folder} ({error}); mend it, then {again}"
+                             ) from error
+        if isinstance(error, (SystemExit, KeyboardInterrupt)):
+            print(f"stopped after step {self.step}; {again}")
+
+
+def write_model(policy, source, folder):
+    """An ordinary model folder: bf16 weights, and every other file of the folder `source`."""
+    others = (".*", "*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5")
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns(*others))
+    tensors = {name: p.detach().to(torch.bfloat16) for name, p in policy.named_parameters()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def next_free_folder(model):
+    """runs/NAME-1, or the first -2, -3, ... that does not exist yet."""
+    number = 1
+    while Path(f"runs/{Path(model).name}-{number}").exists():
+        number += 1
+    return f"runs/{Path(model).name}-{number}"
+
+
+def settings_of_run(name, given):
+    """The Settings of the run folder `name`, changed by the flags `given` with --resume."""
+    # RUN/final, RUN/phases/... and RUN/checkpoints/... mean RUN.
+    folder = Path(name)
+    if folder.parent.name in ("checkpoints", "phases"):
+        folder = folder.parent.parent
+    elif folder.name in ("final", "checkpoints", "phases"):
+        folder = folder.parent
     try:
-        settings = (grpo.settings_of(resume, Settings, explicit) if resume else
-                    Settings(**((toy.defaults() if "model" not in explicit else {}) | explicit)))
-        if resume and grpo.finished(settings.out) == settings.total:
-            print(f"{resume} is finished: its weights are in {resume}/final (a larger --iterations would train it further)")
-            return 0
-        print("\n".join(f"{name:16} {value}" for name, value in dataclasses.asdict(settings).items()))
-        train(settings, **({"resume": True} if resume else {}))
-    except InputError as error:
-        print(f"p2r_min.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+        known = json.loads((folder / "config.json").read_text())
+        known = {key: known[key] for key in Settings.__dataclass_fields__}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--resume {name}: {folder} is no run folder, for its config.json cannot "
+                         f"be read or is not a run's; start it with its own command") from error
+
+    # A given flag wins. Whether it makes sense in the middle of a run is the user's to know.
+    for key, value in given.items():
+        if value != known[key]:
+            print(f"changed: --{key.replace('_', '-')} from {known[key]} to {value}")
+    return Settings(**known | given | {"out": str(folder)})
+
+
+@contextlib.contextmanager
+def written(path):
+    """Yields path.new, to be made into a file or a folder, then flushes it and renames it to
+    `path`, which so appears as a whole or not at all."""
+    new = path.with_name(path.name + ".new")
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        yield new
+    except Exception:  # half a checkpoint would keep a full disk full
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+
+
+    # Files get the mode that every new file gets here; safetensors makes them private.
+    mask = os.umask(0)
+    os.umask(mask)
+    parts = [new, *new.rglob("*")]
+    for part in parts:
+        if part.is_file():
+            part.chmod(0o666 & ~mask)
+
+    # What is renamed must be on the disk before its new name is. (Windows flushes no folder.)
+    if os.name == "posix":  # Windows cannot flush a folder
+        for part in [*parts, path.parent]:
+            handle = os.open(part, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+    if path.is_dir():
+        shutil.rmtree(path)
+    new.replace(path)
+
+
+def lock(path):
+    """An open file that no other process can lock as long as this one lives."""
+    file = path.open("w")
+    if fcntl:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"{path.parent} is being used by another process") from error
+    return file
+
+
+def write_whole(path, text):
+    with written(path) as new:
+        new.write_text(text)
+
+
+def append_json(path, row):
+    """Add one line to a log. What is not finite becomes null, which every JSON reader knows."""
+    for key, value in row.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            row = row | {key: None}
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read_jsonl(path):
+    """The rows of a log; a last line that a kill left half is no row."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def peak_gib():
+    """Peak memory so far: allocated on the GPU, else of the process; None on Windows."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    if resource is None:
+        return None
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    evaluation.run_program("p2r_min.py", main)

@@ -4,16 +4,21 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import json
 import random
+import zlib
 
 import pytest
 import torch
 import transformers
 from PIL import Image
 
+import build_toy
+import eval as evaluation
 import rollout
-import toy
-from crop import Box
+from crop import Box, Parsed
+from eval import Score
+from p2r_min import Run, Settings, train
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -24,7 +29,7 @@ torch.set_num_threads(2)
 def folder(tmp_path_factory):
     """The toy's architecture with fresh random weights, initialised widely so that logits differ."""
     path = tmp_path_factory.mktemp("models") / "tiny"
-    toy.build_model(path, seed=1)
+    build_toy.build_model(path, seed=1)
     return path
 
 
@@ -49,3 +54,64 @@ def prompts_of(codec, shapes=((300, 200), (160, 400), (512, 512))):
     """Three reasoner prompts of different lengths, with 0, 1 and 3 crops, from different images."""
     return [rollout.reasoner_prompt(codec, noise(*size), BOXES[count], "Which way?", "free_form")
             for size, count in zip(shapes, BOXES)]
+
+
+# --- a run on a random model, whose own texts hold neither boxes nor right answers
+
+LISTS = ([], [Box(100, 100, 400, 400, "a")],
+         [Box(0, 0, 200, 200, "a"), Box(300, 300, 500, 500, "b"), Box(600, 600, 900, 900, "c")])
+
+
+def boxes_from(text):
+    """0, 1 or 3 boxes: like the real reader, a pure function of the text."""
+    return Parsed(LISTS[zlib.crc32(text.encode()) % 3], True, 0)
+
+
+def chance(text, example, whole_text=False):
+    """Right or wrong, by the text alone."""
+    return Score(float(zlib.crc32(text.encode()) % 2), True)
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Boxes and scores made from the model's texts by these two functions."""
+    def use(read_boxes=boxes_from, score=chance):
+        monkeypatch.setattr(rollout, "parse_boxes", read_boxes)
+        monkeypatch.setattr(evaluation, "score", score)
+    use()
+    return use
+
+
+def write_data(path):
+    """Four questions on noise, with boxes to measure against."""
+    rows = []
+    for i in range(4):
+        noise(200, 120, i).save(path / f"{i}.png")
+        rows.append({"image": f"{i}.png", "question": f"Which way, {i}?", "answer": "down",
+                     "id": f"q{i}", "boxes": [[100, 100, 300, 300]]})
+    (path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path / "data.jsonl"
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write_data(tmp_path)
+
+
+def small(folder, data, out, **more):
+    """Settings of a run that takes a second: two phases of two steps."""
+    values = dict(
+        model=str(folder), data=str(data), out=str(out), steps=2, questions=2, group=3, lr=1e-3,
+        max_pixels=64 * 64, perceive_tokens=6, reason_tokens=5, rollout_batch=2, sample_every=1,
+        judge="none", checkpointing=False)
+    return Settings(**values | more)
+
+
+def go(s, resumed=False):
+    """A run from Python, as p2r_min.main makes it."""
+    with Run(s, resumed) as run:
+        return train(s, run)
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").open()]
