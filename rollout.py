@@ -269,7 +269,9 @@ class Codec:
 # (sum over prompts of the longest response) / rows.
 
 PREFILL = 16_384  # prompt tokens in one forward at most (one prompt at least): bounds its memory
-STRIDE = 64       # the columns that attention reads are rounded up to this: few shapes
+# The columns that attention reads are rounded up to this. A GPU likes to see few shapes; on a CPU
+# every column costs.
+STRIDE = 256 if torch.cuda.is_available() else 16
 
 
 class InProgress:
