@@ -997,7 +997,7 @@ def print_benchmark(records, title, spec, speed=None):
     categories = {record["category"].lower() for record in records}
     name, entry = published_table(categories, spec)
     if entry is None:
-        own = {category: category for category in sorted(categories - {""})}
+        own = {r["category"].lower(): r["category"] for r in records if r["category"]}
         entry = {"categories": own, "rows": {}, "doubtful": []}
 
     # A column for each category that was asked, in the papers' order, and one for all.
@@ -1147,6 +1147,7 @@ class Task:
         need(self.answer_form in FORMS, f"--answer-form {self.answer_form} is unknown: it is one of "
                                         f"{', '.join(FORMS)}")
         need(bool(self.image) == bool(self.question), "--image and --question go together: give both")
+        need(not self.image or Path(self.image).is_file(), f"--image {self.image}: there is no such file")
         need(self.model or not self.image,
              "--image needs --model, such as --model Qwen/Qwen3-VL-2B-Instruct: the embedded toy "
              "knows nothing but the striped signs of its own small world")
@@ -1218,16 +1219,17 @@ def run_data(task, protocol):
 def run_picture(task, protocol):
     """One picture and one question of the user's own."""
     path = Path(task.image)
-    problem = image_problem(path, fully=True) if path.is_file() else "there is no such file"
-    need(not problem, f"--image {path}: {problem}")
+    problem = image_problem(path, fully=True)
+    need(not problem, f"--image names {path}, {problem}")
     example = Example(path, task.question, "", task.answer_form, id=path.name)
     model, codec = load(find(task.model), protocol.max_pixels)
     record = next(ask(model, codec, [example], protocol))
 
     # Boxes in pixels of the picture, each with the colour in which it is drawn.
     size = example.load_image().size
-    for box, colour in zip(record["boxes"], itertools.cycle(COLOURS)):
-        print(f"{colour:8} {printable(box[4])}: pixels {to_rect(box, size)}")
+    boxes = [Box(*box) for box in record["boxes"]]
+    for box, colour in zip(boxes, itertools.cycle(COLOURS)):
+        print(f"{colour:8} {printable(box.label)}: pixels {to_rect(box, size)}")
     answer = answer_in(record["reasoned"])
     print(f"answer   {'(none: no <answer> in the text)' if answer is None else printable(answer)}")
 
