@@ -23,7 +23,7 @@ checkpoint's own image processor says, repetition penalty 1.05, 256 tokens for t
     which is longer than a plain answer needs; the papers' baselines may not have.
 """
 
-# Ctrl-C while torch is being imported would print a traceback; the program's own handlers come later.
+# Ctrl-C while torch is imported would print a traceback. The program's own handlers come later.
 if __name__ == "__main__":
     import signal
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -84,8 +84,8 @@ class Example:
             with Image.open(self.image) as image:
                 return to_rgb(image)
         except Exception as error:  # Pillow raises a dozen kinds for a broken file
-            raise InputError(f"cannot read the image {self.image} of example {self.id} ({error}): mend "
-                             f"it, or go on with --skip-bad, which leaves it out") from error
+            raise InputError(f"cannot read the image {self.image} of example {self.id} ({error}): "
+                             f"mend it, or go on with --skip-bad, which leaves it out") from error
 
 
 # ---------------------------------------------------------------------------------------------
@@ -108,6 +108,8 @@ def grade(pairs, judge=None, whole_text=False):
     """
     pairs = list(pairs)
     scores = [score(text, example, whole_text) for text, example in pairs]
+
+    # The judge sees the answer alone, never the reasoning that led to it.
     unsettled = [i for i, verdict in enumerate(scores) if verdict.open]
     if judge and unsettled:
         cases = [(answer_in(pairs[i][0], whole_text), pairs[i][1]) for i in unsettled]
@@ -141,6 +143,7 @@ def answer_in(text, whole_text=False):
 
     With whole_text a text without these tags is an answer itself, but for its <think>..</think>.
     """
+    # Two searches from the end: linear, however many tags a text may hold.
     end = text.rfind("</answer>")
     start = text.rfind("<answer>", 0, max(end, 0))
     if start >= 0:
@@ -158,7 +161,7 @@ def correct(answer, example):
     if example.answer_form == "na":
         return same_number(answer, example.answer)
     if example.answer_form != "free_form":
-        raise InputError(f"the answer form {example.answer_form!r} of example {example.id} is unknown")
+        raise InputError(f"example {example.id} has the unknown answer form {example.answer_form!r}")
     words = plain_words(answer)
     return bool(words) and without_article(words) == without_article(plain_words(example.answer))
 
@@ -176,7 +179,7 @@ class Protocol:
     # How the model is asked
     mode: str = "p2r"             # p2r: two stages; think or direct: think and answer, or answer at
                                   # once, on the plain image; oracle: reason with the true boxes
-    evidence: str = "both"        # what the Reasoner sees of the boxes: both, annotated, crops or none
+    evidence: str = "both"        # what the Reasoner sees: both, annotated, crops or none
     max_pixels: int = 4_194_304   # pixel budget of every image the model sees, crops too
     perceive_tokens: int = 256    # longest Perceiver response
     reason_tokens: int = 1024     # longest Reasoner response
@@ -185,12 +188,12 @@ class Protocol:
 
     def check(self):
         """Raises InputError for the first setting that cannot work."""
-        for name, known in (("mode", MODES), ("evidence", REGIONS)):
-            if getattr(self, name) not in known:
-                raise InputError(f"--{name} {getattr(self, name)} is unknown: it is one of {', '.join(known)}")
+        need(self.mode in MODES, f"--mode {self.mode} is not one of {', '.join(MODES)}")
+        need(self.evidence in REGIONS,
+             f"--evidence {self.evidence} is not one of {', '.join(REGIONS)}")
         for name in ("max_pixels", "perceive_tokens", "reason_tokens", "penalty", "batch"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} must be more than 0")
+            value = getattr(self, name)
+            need(0 < value < math.inf, f"--{name.replace('_', '-')} {value} must be more than 0")
 
 
 def ask(model, codec, examples, protocol, judge=None):
@@ -206,22 +209,26 @@ def ask(model, codec, examples, protocol, judge=None):
 
         # 1. Boxes: the Perceiver's, the true ones, or none.
         looks = [None] * len(chunk)
-        boxes = [example.boxes if protocol.mode == "oracle" else () for example in chunk]
-        if protocol.mode == "p2r":
+        boxes = [()] * len(chunk)
+        if protocol.mode == "oracle":
+            boxes = [example.boxes for example in chunk]
+        elif protocol.mode == "p2r":
             groups = perceive(model, codec, chunk, max_tokens=protocol.perceive_tokens, **limits)
             looks = [group.completions[0] for group in groups]
             boxes = [look.parsed.boxes for look in looks]
 
         # 2. The answer. In mode direct the whole text is it, unless the model is used to tags.
-        limits_of_answer = dict(limits, max_tokens=protocol.reason_tokens)
         if protocol.mode == "direct":
-            groups = direct(model, codec, chunk, **limits_of_answer)
+            groups = direct(model, codec, chunk, max_tokens=protocol.reason_tokens, **limits)
         else:
-            cases = list(zip(chunk, boxes))
-            groups = reason(model, codec, cases, protocol.evidence, **limits_of_answer)
-        texts = [group.completions[0].text for group in groups]
-        if protocol.mode == "direct":
-            texts = [f"<answer>{text}</answer>" if answer_in(text) is None else text for text in texts]
+            groups = reason(model, codec, list(zip(chunk, boxes)), protocol.evidence,
+                            max_tokens=protocol.reason_tokens, **limits)
+        texts = []
+        for group in groups:
+            text = group.completions[0].text
+            if protocol.mode == "direct" and answer_in(text) is None:
+                text = f"<answer>{text}</answer>"
+            texts.append(text)
 
         # 3. The verdict.
         scores = grade(zip(texts, chunk), judge)
@@ -250,7 +257,7 @@ def hits(boxes, example):
 
 
 def evaluate(model, codec, examples, protocol, judge=None):
-    """Accuracy of one model in both roles, for training's report. Fractions, None where there is nothing to measure:
+    """Accuracy of one model in both roles, for training's report: fractions, None of nothing.
 
     p2r     perceive, crop, reason: the method
     hit     the boxes contain the centres of all true boxes (needs `boxes`)
@@ -259,6 +266,7 @@ def evaluate(model, codec, examples, protocol, judge=None):
     n       number of examples; unparsable, unanswered: shares of the p2r outputs
     categories: {category: [p2r, plain]}
     """
+    # The same questions three times; the true boxes only where there are any.
     boxed = [example for example in examples if example.boxes]
     asked = {}
     for mode, some in (("p2r", examples), ("think", examples), ("oracle", boxed)):
@@ -273,6 +281,7 @@ def evaluate(model, codec, examples, protocol, judge=None):
             rewards = [r["reward"] for r in asked[mode] if r["category"] == category]
             categories[category].append(mean(rewards))
 
+    # All fractions are of the examples asked; "hit" only of those with true boxes.
     pairs = zip(asked["p2r"], examples)
     return {
         "p2r": mean(r["reward"] for r in asked["p2r"]),
@@ -289,7 +298,8 @@ def evaluate(model, codec, examples, protocol, judge=None):
 def print_accuracy(columns):
     """Print (title, result of `evaluate`) pairs as a small table, one column each."""
     last = columns[-1][1]
-    print(f"\n{'held-out, n = ' + str(last['n']):52}" + "".join(f"{title:>10}" for title, _ in columns))
+    heads = "".join(f"{title:>10}" for title, _ in columns)
+    print(f"\n{'held-out, n = ' + str(last['n']):52}{heads}")
     for name, text in (("p2r", "perceive, then reason"),
                        ("hit", "the boxes hold all that was asked about"),
                        ("plain", "reason on the plain image"),
@@ -316,23 +326,23 @@ def mean(values):
 #
 # How a letter, a number and words are read
 
-LONGEST = 1000  # characters. A longer text is no answer but an essay, and not read for a letter or number
+LONGEST = 1000  # characters: a longer text is an essay, which is not read for a letter or number
 
 # With these an answer takes itself back, or keeps a second way open. It earns nothing.
-DOUBT = re.compile(r"\b(?:not|nor|neither|none|never|or|either|maybe|perhaps|possibly|might|may|could"
-                   r"|cannot|unsure|unclear|unlikely|unknown|doubt|wrong|incorrect|wait|except|instead|rather|but"
-                   r"|no(?!\.?\ ?\d))\b|n't\b|n/a\b|\bn\.a\b|[?不非]", re.IGNORECASE)
+DOUBT = re.compile(
+    r"\b(?:not|nor|neither|none|never|or|either|maybe|perhaps|possibly|might|may|could|cannot|unsure"
+    r"|unclear|unlikely|unknown|doubt|wrong|incorrect|wait|except|instead|rather|but|no(?!\.? ?\d))\b"
+    r"|n't\b|n/a\b|\bn\.a\b|[?不非]", re.IGNORECASE)
 
-# A letter names an option where it comes first, in brackets, or after one of a few words, and if
+# A letter names an option where it comes first, in brackets or after one of a few words, and where
 # then the text ends or pauses. "A blue car" and "vitamin C" name nothing.
-NAMED = re.compile(r"""
-    (?: ^\W* | [(:,;=是为选项案]\s* | (?i:\b(?:is|be|it's|say|with|choose|pick|select|option|answer|ans
-        |choice|letter|so|therefore|thus|hence|definitely|clearly|surely|probably)\W{1,3}) )
-    ( [A-F] (?! \.\w\. ) (?= \s*(?: [).:,;!=>·。] | '(?!\w) | $ | (?:because|since|as|is|and|or)\b )
-                            | \s- | -\s )
-    | [a-f] (?= [).:,;!]+(?:\s|$) | $ ) )
-    """, re.VERBOSE)
-LONE = re.compile(r"(?<![\w°'])(?:A(?!\s\w)|[B-F])(?![\w'])")  # any other capital; "A cat" is no letter
+CUE = (r"^\W*|[(:,;=是为选项案]\s*|(?i:\b(?:is|be|it's|say|with|choose|pick|select|option|answer|ans"
+       r"|choice|letter|so|therefore|thus|hence|definitely|clearly|surely|probably)\W{1,3})")
+PAUSE = r"\s*(?:[).:,;!=>·。]|'(?!\w)|$|(?:because|since|as|is|and|or)\b)|\s-|-\s"
+NAMED = re.compile(rf"(?:{CUE})([A-F](?!\.\w\.)(?={PAUSE})|[a-f](?=[).:,;!]+(?:\s|$)|$))")
+
+# Any other capital that stands alone is only mentioned. "A cat" mentions no letter.
+MENTIONED = re.compile(r"(?<![\w°'])(?:A(?!\s\w)|[B-F])(?![\w'])")
 
 
 def option_letter(text, options=()):
@@ -345,11 +355,14 @@ def option_letter(text, options=()):
     if len(text) > LONGEST:
         return None
     text = undressed(text)
-    texts = dict(zip(LETTERS, [plain_words(undressed(option)) for option in options]))
+    texts = [plain_words(undressed(option)) for option in options]
+    texts = dict(zip(LETTERS, texts))
 
     # 1. An option's own text and nothing else, with or without its letter.
-    said = plain_words(text)
-    own = [letter for letter, words in texts.items() if said in (words, f"{letter.lower()} {words}")]
+    said, own = plain_words(text), []
+    for letter, words in texts.items():
+        if said in (words, f"{letter.lower()} {words}"):
+            own.append(letter)
     if len(own) == 1 and len(said) > 1 and "?" not in text:
         return own[0]
 
@@ -364,11 +377,13 @@ def option_letter(text, options=()):
                 phrase = rf"(?:{words.split()[0]}\W+)?{phrase}"
             phrase = rf"(?<![\w+-])(?<!\d[.,]){phrase}(?![\w%]|-\w|[.,:/]\d)"
             text, times = re.subn(phrase, "·", text, flags=re.IGNORECASE)
-            named |= {letter} if times else set()
+            if times:
+                named.add(letter)
 
     # 3. Letters. One that is only mentioned names nothing, but must not contradict.
-    named |= {match[1].upper() for match in NAMED.finditer(text)}
-    mentioned = set(LONE.findall(text))
+    for match in NAMED.finditer(text):
+        named.add(match[1].upper())
+    mentioned = set(MENTIONED.findall(text))
     if len(named) != 1 or mentioned - named or DOUBT.search(text) or len(text.split()) > 25:
         return None
     return named.pop()
@@ -382,11 +397,13 @@ NUMBER = re.compile(rf"""
     (?P<digits>\d{{1,3}}(?:,\d{{3}})+(?:\.\d+)?|\d{{1,3}}(?:\ \d{{3}})+|\d+(?:\.\d+)?|\.\d+)
     (?P<exponent>e[-+]?\d{{1,2}}\b)?
     (?:\ (?P<over>\d+)/(?P<under>\d+)|\ ?/\ ?(?P<below>\d+))?          # 3 1/2, or 1/2
-    (?![\d/_^+]|[.,:]\d|(?-i:\ ?[kKMB]\b))                             # 12:30, 10^2, 3+ and 3k are not read
+    (?![\d/_^+]|[.,:]\d|(?-i:\ ?[kKMB]\b))                             # not 12:30, 10^2, 3+, 3k
     \ ?(?P<percent>%|percent\b)?(?P<powers>(?:\ ?(?:{"|".join(POWERS)})s?\b)*)
     """, re.IGNORECASE | re.VERBOSE)
-NO_NUMBER = re.compile(r"[<>≤≥]|\b(?:less|more|fewer|least|most|up to|over|under|almost|nearly|than"
-                       r"|half|quarter|third|\w+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty)\b", re.I)
+# Limits, and words of numbers that are not read: half a number must not be taken for the whole.
+NO_NUMBER = re.compile(
+    r"[<>≤≥]|\b(?:less|more|fewer|least|most|up to|over|under|almost|nearly|than|half|quarter|third"
+    r"|\w+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty)\b", re.IGNORECASE)
 
 
 def number_in(text):
@@ -423,17 +440,19 @@ def number_in(text):
 
 
 def same_number(answer, truth):
-    """Whole numbers exactly, others to one part in a million.
-
-    75% is 0.75, and where only one of the two has the sign, also 75.
-    """
+    """Whole numbers exactly, others to one part in a million."""
     a, b = number_in(answer), number_in(truth)
     if a is None or b is None:
         return False
-    readings = []
-    for (value, percent), (_, other) in ((a, b), (b, a)):
-        readings.append([value, value / 100] if percent and not other else [value])
-    for x, y in itertools.product(*readings):
+    (x, x_percent), (y, y_percent) = a, b
+
+    # 75% is 0.75; where only one of the two has the sign, it may also be meant as 75.
+    pairs = [(x, y)]
+    if x_percent and not y_percent:
+        pairs.append((x / 100, y))
+    if y_percent and not x_percent:
+        pairs.append((x, y / 100))
+    for x, y in pairs:
         whole = x.denominator == y.denominator == 1
         if x == y or (not whole and abs(x - y) <= abs(y) / 10**6):
             return True
@@ -452,7 +471,7 @@ def undressed(text):
     return " ".join(re.sub(r"\s*[\n\r]\s*", "; ", text.strip()).split())
 
 
-MARKS = string.punctuation.translate({ord(c): None for c in "$+%-."}) + "“”‘’«»…。、·¿¡—–"
+MARKS = "!\"#&'()*,/:;<=>?@[\\]^_`{|}~“”‘’«»…。、·¿¡—–"  # all but $ + - % and the dot
 
 
 def plain_words(text):
