@@ -161,7 +161,7 @@ def correct(answer, example):
     if example.answer_form == "na":
         return same_number(answer, example.answer)
     if example.answer_form != "free_form":
-        raise InputError(f"example {example.id} has the unknown answer form {example.answer_form!r}")
+        raise InputError(f"example {example.id}: {example.answer_form!r} is no answer form")
     words = plain_words(answer)
     return bool(words) and without_article(words) == without_article(plain_words(example.answer))
 
@@ -330,14 +330,14 @@ LONGEST = 1000  # characters: a longer text is an essay, which is not read for a
 
 # With these an answer takes itself back, or keeps a second way open. It earns nothing.
 DOUBT = re.compile(
-    r"\b(?:not|nor|neither|none|never|or|either|maybe|perhaps|possibly|might|may|could|cannot|unsure"
-    r"|unclear|unlikely|unknown|doubt|wrong|incorrect|wait|except|instead|rather|but|no(?!\.? ?\d))\b"
-    r"|n't\b|n/a\b|\bn\.a\b|[?不非]", re.IGNORECASE)
+    r"\b(?:not|nor|neither|none|never|or|either|maybe|perhaps|possibly|might|may|could|cannot"
+    r"|unsure|unclear|unlikely|unknown|doubt|wrong|incorrect|wait|except|instead|rather|but"
+    r"|no(?!\.? ?\d))\b|n't\b|n/a\b|\bn\.a\b|[?不非]", re.IGNORECASE)
 
 # A letter names an option where it comes first, in brackets or after one of a few words, and where
 # then the text ends or pauses. "A blue car" and "vitamin C" name nothing.
-CUE = (r"^\W*|[(:,;=是为选项案]\s*|(?i:\b(?:is|be|it's|say|with|choose|pick|select|option|answer|ans"
-       r"|choice|letter|so|therefore|thus|hence|definitely|clearly|surely|probably)\W{1,3})")
+CUE = (r"^\W*|[(:,;=是为选项案]\s*|(?i:\b(?:is|be|it's|say|with|choose|pick|select|option|answer"
+       r"|ans|choice|letter|so|therefore|thus|hence|definitely|clearly|surely|probably)\W{1,3})")
 PAUSE = r"\s*(?:[).:,;!=>·。]|'(?!\w)|$|(?:because|since|as|is|and|or)\b)|\s-|-\s"
 NAMED = re.compile(rf"(?:{CUE})([A-F](?!\.\w\.)(?={PAUSE})|[a-f](?=[).:,;!]+(?:\s|$)|$))")
 
@@ -348,8 +348,8 @@ MENTIONED = re.compile(r"(?<![\w°'])(?:A(?!\s\w)|[B-F])(?![\w'])")
 def option_letter(text, options=()):
     """The one option A..F that a text names, by its letter or in the option's own words, or None.
 
-    Everything that the text names must be the same option, and no word of doubt may be left beside
-    it: "D", "(d) blue", "The answer is D.", "It is blue" and "blue (D)" are read, "B or C", "not A",
+    All that the text names must be the same option, and no word of doubt may be left beside it:
+    "D", "(d) blue", "The answer is D.", "It is blue" and "blue (D)" are read; "B or C", "not A",
     "A blue" (another option's text), an essay and what names nothing are refused.
     """
     if len(text) > LONGEST:
@@ -402,8 +402,8 @@ NUMBER = re.compile(rf"""
     """, re.IGNORECASE | re.VERBOSE)
 # Limits, and words of numbers that are not read: half a number must not be taken for the whole.
 NO_NUMBER = re.compile(
-    r"[<>≤≥]|\b(?:less|more|fewer|least|most|up to|over|under|almost|nearly|than|half|quarter|third"
-    r"|\w+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty)\b", re.IGNORECASE)
+    r"[<>≤≥]|\b(?:less|more|fewer|least|most|up to|over|under|almost|nearly|than|half|quarter"
+    r"|third|\w+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty)\b", re.IGNORECASE)
 
 
 def number_in(text):
@@ -639,7 +639,7 @@ def load_data(spec, images=None, skip_bad=False, flag="--data"):
 
 
 def data_files(spec, flag="--data"):
-    """The files that SPEC names: one, or the shards of one. Raises InputError if that is unclear."""
+    """The files that SPEC names: one, or the shards of one. Raises InputError if it is unclear."""
     path = find(spec, flag, "dataset")
     files = [path] if path.is_file() else sorted(path.rglob("*"))
     files = [file for file in files if file.suffix in SUFFIXES]
@@ -662,6 +662,7 @@ def rows_of(file):
 
     image is the path of an image that was inside the row, else None.
     """
+    # A bad line costs only itself: those after it can still be read.
     if file.suffix == ".jsonl":
         with file.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
@@ -683,7 +684,7 @@ def table_rows(file):
     try:
         if file.suffix == ".json":
             rows = json.loads(file.read_bytes())
-            need(isinstance(rows, list), f"it must hold a list of examples, not a {type(rows).__name__}")
+            need(isinstance(rows, list), f"it holds a {type(rows).__name__}, not a list of examples")
             yield from rows
         elif file.suffix == ".parquet":
             from pyarrow import parquet
@@ -806,7 +807,7 @@ def to_example(row, number, used):
         need(letter, f"the field 'answer' is {answer!r}, which names no option (a letter A to F)")
         need(not options or letter in LETTERS[:len(options)],
              f"the field 'answer' is {answer!r}, but there are only {len(options)} options")
-    need(plain_words(answer), f"the field 'answer' is {answer!r}, which holds no word to compare with")
+    need(plain_words(answer), f"the field 'answer' is {answer!r}, which holds no word to compare")
 
     # 4. The rest is only to measure with.
     boxes = []
@@ -850,12 +851,12 @@ def question_and_options(row, fields):
     # In chat messages the question is what the user says first, without its images.
     question = fields["question"]
     if isinstance(question, list):
-        said = [m.get("content") for m in question if isinstance(m, dict) and m.get("role") == "user"]
-        question = said[0] if said else None
+        users = [m for m in question if isinstance(m, dict) and m.get("role") == "user"]
+        question = users[0].get("content") if users else None
     if isinstance(question, list):
         parts, question = question, ""
         for part in parts:
-            need(isinstance(part, dict), f"the field 'question' holds a chat part that is no object: "
+            need(isinstance(part, dict), "the field 'question' holds a chat part that is no object: "
                                          f"{str(part)[:80]!r}")
             if part.get("type") != "image":
                 question += as_text(part.get("text"), "question")
@@ -871,7 +872,7 @@ def question_and_options(row, fields):
         question, options = split_options(question)
     question = clean_question(question)
     need(question, "the field 'question' is empty")
-    need(len(options) <= len(LETTERS), f"the field 'options' holds more than {len(LETTERS)} options")
+    need(len(options) <= len(LETTERS), f"the field 'options' holds more than {len(LETTERS)}")
     options = [as_text(option, "options") for option in options]
 
     # "(A) red" -> "red": letters are given back to all of them alike.
@@ -882,7 +883,7 @@ def question_and_options(row, fields):
 
 
 def inside(root, cell):
-    """The path that an image cell names, below the folder `root`. Raises InputError if it leaves it.
+    """The path that an image cell names, below the folder `root`. Raises InputError outside it.
 
     (A hub snapshot's files are links into the `blobs` of its repository, which are let through.)
     """
@@ -918,6 +919,8 @@ def image_problem(path, fully=False):
         return "which does not exist: --images says where paths start; archives must be unpacked"
     except Exception as error:  # Pillow raises a dozen kinds for a broken file
         return f"which cannot be read: {error}"
+
+    # What the model's image processor, or our conversion to RGB, would stumble over later.
     if max(width, height) > MAX_RATIO * min(width, height):
         return (f"which is {width} x {height}: Qwen3-VL takes images up to {MAX_RATIO} times as "
                 f"long as wide")
@@ -959,6 +962,7 @@ def clean_question(text):
 
 def split_options(question):
     """Options written into a question as lines "(A) red", "B. blue" ... -> (the rest, options)."""
+    # Only letters from A on, in order, are options: a line "U.S. mail" is not one.
     rest, letters, options = [], "", []
     for line in question.split("\n"):
         found = re.fullmatch(r"\s*\(?([A-Z])[).:]\s*(\S.*?)\s*", line)
@@ -1082,6 +1086,7 @@ def add_flags(parser, settings):
     Comment lines below a field continue its help; one after a blank line, or before the first
     field, is the title of a group. Only flags that were given come back from the parser.
     """
+    # Read the comments. A dataclass keeps names, types and defaults, but not what stands beside.
     group, name, blank, helps, groups = parser, None, False, {}, {}
     for line in inspect.getsource(settings).splitlines():
         code, _, comment = line.strip().partition("#")
@@ -1097,6 +1102,7 @@ def add_flags(parser, settings):
             helps[name] += " " + comment.strip()
         blank = not line.strip()
 
+    # argparse.SUPPRESS: what was not given must not hide what a run or the toy says.
     for field in dataclasses.fields(settings):
         how = {"type": field.type}
         if field.type is bool:
@@ -1163,15 +1169,46 @@ class Task:
         """Raises InputError for the first setting that cannot work."""
         for name in ("limit", "pictures"):
             need(getattr(self, name) >= 0, f"--{name} {getattr(self, name)} must be 0 or more")
-        need(self.answer_form in FORMS, f"--answer-form {self.answer_form} is unknown: it is one of "
-                                        f"{', '.join(FORMS)}")
-        need(bool(self.image) == bool(self.question), "--image and --question go together: give both")
-        need(not self.image or Path(self.image).is_file(), f"--image {self.image}: there is no such file")
+        need(self.answer_form in FORMS,
+             f"--answer-form {self.answer_form} is not one of {', '.join(FORMS)}")
+
+        # A picture needs a question, and a model that has seen the world.
+        need(bool(self.image) == bool(self.question), "give --image and --question together")
+        need(not self.image or Path(self.image).is_file(),
+             f"--image {self.image}: there is no such file")
         need(self.model or not self.image,
              "--image needs --model, such as --model Qwen/Qwen3-VL-2B-Instruct: the embedded toy "
              "knows nothing but the striped signs of its own small world")
         need(self.data or self.image or not self.model,
-             "--model needs --data (a benchmark, or questions of your own), or --image and --question")
+             "--model needs --data (a benchmark, or questions of your own), or --image, --question")
+
+
+def earlier_records(out, config, examples):
+    """The records that an earlier run left in the folder `out`, if it was asked the same; else [].
+
+    A last line that a kill left half is none. Raises InputError where other results are in the way.
+    """
+    results, config_file = out / "results.jsonl", out / "config.json"
+    if not results.exists() or not config_file.exists():
+        return []
+    lines = results.read_text().splitlines(keepends=True)
+    try:
+        records = [json.loads(line) for line in lines if line.endswith("\n")]
+        known = json.loads(config_file.read_text())
+    except ValueError as error:
+        raise InputError(f"{out} holds what is not JSON ({error}): choose another --out") from error
+
+    # Another protocol, or other questions? (More of them than records is what resuming is for.)
+    changed = []
+    for key, value in config.items():
+        if known.get(key) != value:
+            changed.append(f"{key} was {known.get(key)} and is {value}")
+    then = [(record["id"], record["question"], record["answer"]) for record in records]
+    now = [(example.id, example.question, example.answer) for example in examples]
+    if then != now[:len(then)]:
+        changed.append("the questions are not the same")
+    need(not changed, f"{out} holds other results ({'; '.join(changed)}): choose another --out")
+    return records
 
 
 def run_data(task, protocol):
@@ -1182,32 +1219,17 @@ def run_data(task, protocol):
         examples.sort(key=lambda example: random.Random(example.id + example.question).random())
         examples = examples[:task.limit]
 
-    # What an earlier run answered stays, if it was asked the same; without a last line that a kill
-    # left half, and in whole chunks: in bf16 an answer may depend on who shares its batch.
     default = f"runs/eval-{Path(task.model).name}-{Path(task.data).stem}-{protocol.mode}"
     out = Path(task.out or default)
     out.mkdir(parents=True, exist_ok=True)
-    results, config_file = out / "results.jsonl", out / "config.json"
     config = {"model": task.model, "data": task.data, "judge": task.judge}
     config = config | dataclasses.asdict(protocol)
-    records = []
-    if results.exists() and config_file.exists():
-        lines = results.read_text().splitlines(keepends=True)
-        try:
-            records = [json.loads(line) for line in lines if line.endswith("\n")]
-            known = json.loads(config_file.read_text())
-        except ValueError as error:
-            raise InputError(f"{out} holds a file that is not JSON ({error}): choose another --out") from error
-        changed = [f"{key} was {known.get(key)} and is {value}" for key, value in config.items()
-                   if known.get(key) != value]
-        for record, example in zip(records, examples):
-            same = (record["id"], record["question"]) == (example.id, example.question)
-            if not same or record["answer"] != example.answer:
-                changed = ["the questions are not the same"]
-        need(not changed, f"{out} holds other results ({'; '.join(changed)}): choose another --out")
-    if len(records) != len(examples):
+    records = earlier_records(out, config, examples)
+
+    # Go on after whole chunks only: in bf16 an answer may depend on who shares its batch.
+    if len(records) < len(examples):
         size = CHUNK * protocol.batch
-        records = records[:min(len(records), len(examples)) // size * size]
+        records = records[:len(records) // size * size]
 
     # A model and a judge that cannot be loaded must not leave anything in the way.
     model, codec = load(find(task.model), protocol.max_pixels)
@@ -1216,7 +1238,8 @@ def run_data(task, protocol):
         judge = Judge(model, codec.tokenizer)
     elif task.judge != "none":
         judge = Judge.load(task.judge, model.device)
-    config_file.write_text(json.dumps(config, indent=2) + "\n")
+    results = out / "results.jsonl"
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     results.write_text("".join(json.dumps(record) + "\n" for record in records))
 
     # Ask the rest; each record is on disk before the next one is made.
@@ -1270,6 +1293,8 @@ def fitting_protocol(task):
         task.model, task.data = world["model"], task.data or world["eval_data"]
         own = {name: world[name] for name in ("max_pixels", "perceive_tokens", "reason_tokens")}
         return own | {"penalty": 1.0, "batch": 64}
+
+    # A folder that training wrote says under which budgets.
     saved = find(task.model) / "p2r.json"
     if not saved.is_file():
         return {}
