@@ -23,7 +23,7 @@ checkpoint's own image processor says, repetition penalty 1.05, 256 tokens for t
     which is longer than a plain answer needs; the papers' baselines may not have.
 """
 
-# Ctrl-C while torch is being imported would print a traceback; the program's own handlers come later.
+# Ctrl-C while torch is imported would print a traceback. The program's own handlers come later.
 if __name__ == "__main__":
     import signal
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -84,8 +84,8 @@ class Example:
             with Image.open(self.image) as image:
                 return to_rgb(image)
         except Exception as error:  # Pillow raises a dozen kinds for a broken file
-            raise InputError(f"cannot read the image {self.image} of example {self.id} ({error}): mend "
-                             f"it, or go on with --skip-bad, which leaves it out") from error
+            raise InputError(f"cannot read the image {self.image} of example {self.id} ({error}): "
+                             f"mend it, or go on with --skip-bad, which leaves it out") from error
 
 
 # ---------------------------------------------------------------------------------------------
@@ -108,6 +108,8 @@ def grade(pairs, judge=None, whole_text=False):
     """
     pairs = list(pairs)
     scores = [score(text, example, whole_text) for text, example in pairs]
+
+    # The judge sees the answer alone, never the reasoning that led to it.
     unsettled = [i for i, verdict in enumerate(scores) if verdict.open]
     if judge and unsettled:
         cases = [(answer_in(pairs[i][0], whole_text), pairs[i][1]) for i in unsettled]
@@ -141,6 +143,7 @@ def answer_in(text, whole_text=False):
 
     With whole_text a text without these tags is an answer itself, but for its <think>..</think>.
     """
+    # Two searches from the end: linear, however many tags a text may hold.
     end = text.rfind("</answer>")
     start = text.rfind("<answer>", 0, max(end, 0))
     if start >= 0:
@@ -158,45 +161,208 @@ def correct(answer, example):
     if example.answer_form == "na":
         return same_number(answer, example.answer)
     if example.answer_form != "free_form":
-        raise InputError(f"the answer form {example.answer_form!r} of example {example.id} is unknown")
+        raise InputError(f"example {example.id}: {example.answer_form!r} is no answer form")
     words = plain_words(answer)
     return bool(words) and without_article(words) == without_article(plain_words(example.answer))
 
 
-LONGEST = 1000  # characters. A longer text is no answer but an essay, and not read for a letter or number
+# ---------------------------------------------------------------------------------------------
+# Asking a model
+
+MODES = ("p2r", "think", "direct", "oracle")
+CHUNK = 4  # batches that are asked, then written: a killed run loses no more
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a model is asked. The defaults are the authors' evaluation."""
+    # How the model is asked
+    mode: str = "p2r"             # p2r: two stages; think or direct: think and answer, or answer at
+                                  # once, on the plain image; oracle: reason with the true boxes
+    evidence: str = "both"        # what the Reasoner sees: both, annotated, crops or none
+    max_pixels: int = 4_194_304   # pixel budget of every image the model sees, crops too
+    perceive_tokens: int = 256    # longest Perceiver response
+    reason_tokens: int = 1024     # longest Reasoner response
+    penalty: float = 1.05         # repetition penalty; 1: none
+    batch: int = 8                # questions asked together
+
+    def check(self):
+        """Raises InputError for the first setting that cannot work."""
+        need(self.mode in MODES, f"--mode {self.mode} is not one of {', '.join(MODES)}")
+        need(self.evidence in REGIONS,
+             f"--evidence {self.evidence} is not one of {', '.join(REGIONS)}")
+        for name in ("max_pixels", "perceive_tokens", "reason_tokens", "penalty", "batch"):
+            value = getattr(self, name)
+            need(0 < value < math.inf, f"--{name.replace('_', '-')} {value} must be more than 0")
+
+
+def ask(model, codec, examples, protocol, judge=None):
+    """Yields a record, a dict ready for JSON, for each Example. Greedy, so deterministic.
+
+    boxes are the Perceiver's (or, in mode "oracle", the true ones), perceived and reasoned the two
+    texts; parsable is None where no boxes were asked for.
+    """
+    limits = dict(greedy=True, rows=protocol.batch, penalty=protocol.penalty)
+    size = CHUNK * protocol.batch
+    for start in range(0, len(examples), size):
+        chunk = examples[start:start + size]
+
+        # 1. Boxes: the Perceiver's, the true ones, or none.
+        looks = [None] * len(chunk)
+        boxes = [()] * len(chunk)
+        if protocol.mode == "oracle":
+            boxes = [example.boxes for example in chunk]
+        elif protocol.mode == "p2r":
+            groups = perceive(model, codec, chunk, max_tokens=protocol.perceive_tokens, **limits)
+            looks = [group.completions[0] for group in groups]
+            boxes = [look.parsed.boxes for look in looks]
+
+        # 2. The answer. In mode direct the whole text is it, unless the model is used to tags.
+        if protocol.mode == "direct":
+            groups = direct(model, codec, chunk, max_tokens=protocol.reason_tokens, **limits)
+        else:
+            groups = reason(model, codec, list(zip(chunk, boxes)), protocol.evidence,
+                            max_tokens=protocol.reason_tokens, **limits)
+        texts = []
+        for group in groups:
+            text = group.completions[0].text
+            if protocol.mode == "direct" and answer_in(text) is None:
+                text = f"<answer>{text}</answer>"
+            texts.append(text)
+
+        # 3. The verdict.
+        scores = grade(zip(texts, chunk), judge)
+        for example, look, found, text, verdict in zip(chunk, looks, boxes, texts, scores):
+            record = {name: getattr(example, name) for name in
+                      ("id", "category", "rotation", "question", "answer", "answer_form")}
+            yield record | {
+                "image": str(example.image), "options": list(example.options),
+                "boxes": [list(box) for box in found],
+                "parsable": look and look.parsed.parsable, "perceived": look and look.text,
+                "reasoned": text, "reward": verdict.reward, "answered": verdict.answered,
+                "judged": verdict.judged}
+
+
+# ---------------------------------------------------------------------------------------------
+# Accuracy
+
+
+def hits(boxes, example):
+    """Is the centre of every true box inside one of the predicted boxes that are cropped?"""
+    for true in example.boxes:
+        x, y = (true.x1 + true.x2) / 2, (true.y1 + true.y2) / 2
+        if not any(b[0] <= x <= b[2] and b[1] <= y <= b[3] for b in boxes[:MAX_CROPS]):
+            return False
+    return True
+
+
+def evaluate(model, codec, examples, protocol, judge=None):
+    """Accuracy of one model in both roles, for training's report: fractions, None of nothing.
+
+    p2r     perceive, crop, reason: the method
+    hit     the boxes contain the centres of all true boxes (needs `boxes`)
+    plain   reason on the plain image, without boxes: the baseline
+    oracle  reason with the true boxes: what the Reasoner could do with a perfect Perceiver
+    n       number of examples; unparsable, unanswered: shares of the p2r outputs
+    categories: {category: [p2r, plain]}
+    """
+    # The same questions three times; the true boxes only where there are any.
+    boxed = [example for example in examples if example.boxes]
+    asked = {}
+    for mode, some in (("p2r", examples), ("think", examples), ("oracle", boxed)):
+        records = ask(model, codec, some, dataclasses.replace(protocol, mode=mode), judge)
+        asked[mode] = list(tqdm(records, f"eval {mode}", total=len(some), leave=False, unit="q"))
+
+    # By category: the method and the baseline side by side.
+    categories = {}
+    for category in sorted({example.category for example in examples}):
+        categories[category] = []
+        for mode in ("p2r", "think"):
+            rewards = [r["reward"] for r in asked[mode] if r["category"] == category]
+            categories[category].append(mean(rewards))
+
+    # All fractions are of the examples asked; "hit" only of those with true boxes.
+    pairs = zip(asked["p2r"], examples)
+    return {
+        "p2r": mean(r["reward"] for r in asked["p2r"]),
+        "hit": mean(hits(r["boxes"], example) for r, example in pairs if example.boxes),
+        "plain": mean(r["reward"] for r in asked["think"]),
+        "oracle": mean(r["reward"] for r in asked["oracle"]),
+        "n": len(examples),
+        "unparsable": mean(not r["parsable"] for r in asked["p2r"]),
+        "unanswered": mean(not r["answered"] for r in asked["p2r"]),
+        "categories": categories,
+    }
+
+
+def print_accuracy(columns):
+    """Print (title, result of `evaluate`) pairs as a small table, one column each."""
+    last = columns[-1][1]
+    heads = "".join(f"{title:>10}" for title, _ in columns)
+    print(f"\n{'held-out, n = ' + str(last['n']):52}{heads}")
+    for name, text in (("p2r", "perceive, then reason"),
+                       ("hit", "the boxes hold all that was asked about"),
+                       ("plain", "reason on the plain image"),
+                       ("oracle", "reason with the true boxes")):
+        values = [result[name] for _, result in columns]
+        cells = ["-" if value is None else f"{value:.3f}" for value in values]
+        print(f"{name:7}{text:45}" + "".join(f"{cell:>10}" for cell in cells))
+
+    # Kinds of questions, where there is more than one.
+    if len(last["categories"]) > 1:
+        for kind in last["categories"]:
+            cells = [f"{result['categories'][kind][0]:10.3f}" for _, result in columns]
+            print(f"{'':7}{'p2r, ' + kind:45}" + "".join(cells))
+
+
+def mean(values):
+    """The mean of some numbers as a float, or None of none at all."""
+    values = [float(value) for value in values]
+    return sum(values) / len(values) if values else None
+
+
+# ---------------------------------------------------------------------------------------------
+# From here on: what the method needs but does not explain. Skip it on a first reading.
+#
+# How a letter, a number and words are read
+
+LONGEST = 1000  # characters: a longer text is an essay, which is not read for a letter or number
 
 # With these an answer takes itself back, or keeps a second way open. It earns nothing.
-DOUBT = re.compile(r"\b(?:not|nor|neither|none|never|or|either|maybe|perhaps|possibly|might|may|could"
-                   r"|cannot|unsure|unclear|unlikely|unknown|doubt|wrong|incorrect|wait|except|instead|rather|but"
-                   r"|no(?!\.?\ ?\d))\b|n't\b|n/a\b|\bn\.a\b|[?不非]", re.IGNORECASE)
+DOUBT = re.compile(
+    r"\b(?:not|nor|neither|none|never|or|either|maybe|perhaps|possibly|might|may|could|cannot"
+    r"|unsure|unclear|unlikely|unknown|doubt|wrong|incorrect|wait|except|instead|rather|but"
+    r"|no(?!\.? ?\d))\b|n't\b|n/a\b|\bn\.a\b|[?不非]", re.IGNORECASE)
 
-# A letter names an option where it comes first, in brackets, or after one of a few words, and if
+# A letter names an option where it comes first, in brackets or after one of a few words, and where
 # then the text ends or pauses. "A blue car" and "vitamin C" name nothing.
-NAMED = re.compile(r"""
-    (?: ^\W* | [(:,;=是为选项案]\s* | (?i:\b(?:is|be|it's|say|with|choose|pick|select|option|answer|ans
-        |choice|letter|so|therefore|thus|hence|definitely|clearly|surely|probably)\W{1,3}) )
-    ( [A-F] (?! \.\w\. ) (?= \s*(?: [).:,;!=>·。] | '(?!\w) | $ | (?:because|since|as|is|and|or)\b )
-                            | \s- | -\s )
-    | [a-f] (?= [).:,;!]+(?:\s|$) | $ ) )
-    """, re.VERBOSE)
-LONE = re.compile(r"(?<![\w°'])(?:A(?!\s\w)|[B-F])(?![\w'])")  # any other capital; "A cat" is no letter
+CUE = (r"^\W*|[(:,;=是为选项案]\s*|(?i:\b(?:is|be|it's|say|with|choose|pick|select|option|answer"
+       r"|ans|choice|letter|so|therefore|thus|hence|definitely|clearly|surely|probably)\W{1,3})")
+PAUSE = r"\s*(?:[).:,;!=>·。]|'(?!\w)|$|(?:because|since|as|is|and|or)\b)|\s-|-\s"
+NAMED = re.compile(rf"(?:{CUE})([A-F](?!\.\w\.)(?={PAUSE})|[a-f](?=[).:,;!]+(?:\s|$)|$))")
+
+# Any other capital that stands alone is only mentioned. "A cat" mentions no letter.
+MENTIONED = re.compile(r"(?<![\w°'])(?:A(?!\s\w)|[B-F])(?![\w'])")
 
 
 def option_letter(text, options=()):
     """The one option A..F that a text names, by its letter or in the option's own words, or None.
 
-    Everything that the text names must be the same option, and no word of doubt may be left beside
-    it: "D", "(d) blue", "The answer is D.", "It is blue" and "blue (D)" are read, "B or C", "not A",
+    All that the text names must be the same option, and no word of doubt may be left beside it:
+    "D", "(d) blue", "The answer is D.", "It is blue" and "blue (D)" are read; "B or C", "not A",
     "A blue" (another option's text), an essay and what names nothing are refused.
     """
     if len(text) > LONGEST:
         return None
     text = undressed(text)
-    texts = dict(zip(LETTERS, [plain_words(undressed(option)) for option in options]))
+    texts = [plain_words(undressed(option)) for option in options]
+    texts = dict(zip(LETTERS, texts))
 
     # 1. An option's own text and nothing else, with or without its letter.
-    said = plain_words(text)
-    own = [letter for letter, words in texts.items() if said in (words, f"{letter.lower()} {words}")]
+    said, own = plain_words(text), []
+    for letter, words in texts.items():
+        if said in (words, f"{letter.lower()} {words}"):
+            own.append(letter)
     if len(own) == 1 and len(said) > 1 and "?" not in text:
         return own[0]
 
@@ -211,11 +377,13 @@ def option_letter(text, options=()):
                 phrase = rf"(?:{words.split()[0]}\W+)?{phrase}"
             phrase = rf"(?<![\w+-])(?<!\d[.,]){phrase}(?![\w%]|-\w|[.,:/]\d)"
             text, times = re.subn(phrase, "·", text, flags=re.IGNORECASE)
-            named |= {letter} if times else set()
+            if times:
+                named.add(letter)
 
     # 3. Letters. One that is only mentioned names nothing, but must not contradict.
-    named |= {match[1].upper() for match in NAMED.finditer(text)}
-    mentioned = set(LONE.findall(text))
+    for match in NAMED.finditer(text):
+        named.add(match[1].upper())
+    mentioned = set(MENTIONED.findall(text))
     if len(named) != 1 or mentioned - named or DOUBT.search(text) or len(text.split()) > 25:
         return None
     return named.pop()
@@ -229,11 +397,13 @@ NUMBER = re.compile(rf"""
     (?P<digits>\d{{1,3}}(?:,\d{{3}})+(?:\.\d+)?|\d{{1,3}}(?:\ \d{{3}})+|\d+(?:\.\d+)?|\.\d+)
     (?P<exponent>e[-+]?\d{{1,2}}\b)?
     (?:\ (?P<over>\d+)/(?P<under>\d+)|\ ?/\ ?(?P<below>\d+))?          # 3 1/2, or 1/2
-    (?![\d/_^+]|[.,:]\d|(?-i:\ ?[kKMB]\b))                             # 12:30, 10^2, 3+ and 3k are not read
+    (?![\d/_^+]|[.,:]\d|(?-i:\ ?[kKMB]\b))                             # not 12:30, 10^2, 3+, 3k
     \ ?(?P<percent>%|percent\b)?(?P<powers>(?:\ ?(?:{"|".join(POWERS)})s?\b)*)
     """, re.IGNORECASE | re.VERBOSE)
-NO_NUMBER = re.compile(r"[<>≤≥]|\b(?:less|more|fewer|least|most|up to|over|under|almost|nearly|than"
-                       r"|half|quarter|third|\w+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty)\b", re.I)
+# Limits, and words of numbers that are not read: half a number must not be taken for the whole.
+NO_NUMBER = re.compile(
+    r"[<>≤≥]|\b(?:less|more|fewer|least|most|up to|over|under|almost|nearly|than|half|quarter"
+    r"|third|\w+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty)\b", re.IGNORECASE)
 
 
 def number_in(text):
@@ -270,17 +440,19 @@ def number_in(text):
 
 
 def same_number(answer, truth):
-    """Whole numbers exactly, others to one part in a million.
-
-    75% is 0.75, and where only one of the two has the sign, also 75.
-    """
+    """Whole numbers exactly, others to one part in a million."""
     a, b = number_in(answer), number_in(truth)
     if a is None or b is None:
         return False
-    readings = []
-    for (value, percent), (_, other) in ((a, b), (b, a)):
-        readings.append([value, value / 100] if percent and not other else [value])
-    for x, y in itertools.product(*readings):
+    (x, x_percent), (y, y_percent) = a, b
+
+    # 75% is 0.75; where only one of the two has the sign, it may also be meant as 75.
+    pairs = [(x, y)]
+    if x_percent and not y_percent:
+        pairs.append((x / 100, y))
+    if y_percent and not x_percent:
+        pairs.append((x, y / 100))
+    for x, y in pairs:
         whole = x.denominator == y.denominator == 1
         if x == y or (not whole and abs(x - y) <= abs(y) / 10**6):
             return True
@@ -299,7 +471,7 @@ def undressed(text):
     return " ".join(re.sub(r"\s*[\n\r]\s*", "; ", text.strip()).split())
 
 
-MARKS = string.punctuation.translate({ord(c): None for c in "$+%-."}) + "“”‘’«»…。、·¿¡—–"
+MARKS = "!\"#&'()*,/:;<=>?@[\\]^_`{|}~“”‘’«»…。、·¿¡—–"  # all but $ + - % and the dot
 
 
 def plain_words(text):
@@ -321,6 +493,9 @@ def without_article(words):
     return rest if article in ("a", "an", "the") and rest[:1].isalpha() else words
 
 
+# ---------------------------------------------------------------------------------------------
+# The judge
+
 JUDGE = """Question: {question}
 Correct answer: {truth}
 Given answer: {given}
@@ -339,14 +514,15 @@ class Judge:
     def __init__(self, model, tokenizer, batch=32):
         self.model, self.tokenizer, self.batch = model, tokenizer, batch
         self.yes, self.no = (self.tokens(word)[0] for word in ("Yes", "No"))
-        if self.yes == self.no:
-            raise InputError("--judge: Yes and No begin with the same token of this model's vocabulary; "
-                             "choose another")
+        need(self.yes != self.no, "--judge: Yes and No begin with the same token of this model's "
+                                  "vocabulary; choose another")
 
     @classmethod
     def load(cls, name, device):
         """A hub id or folder of a chat model, text or vision -> Judge. Raises InputError."""
         folder = find(name, "--judge")
+
+        # Safetensors only and no code of the repository's own: a judge is somebody else's file.
         safe = {"trust_remote_code": False}
         try:
             config = transformers.AutoConfig.from_pretrained(folder, **safe)
@@ -359,8 +535,8 @@ class Judge:
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             problem = " ".join(str(error).split())
             raise InputError(f"--judge {name} cannot be loaded: {problem}") from error
-        if tokenizer.chat_template is None:
-            raise InputError(f"--judge {name} has no chat template: choose an instruction-tuned model")
+        need(tokenizer.chat_template, f"--judge {name} has no chat template: choose an instruction-"
+                                      f"tuned model")
         return cls(model.to(device).eval().requires_grad_(False), tokenizer)
 
     def tokens(self, text):
@@ -371,195 +547,26 @@ class Judge:
         """(answer, example) pairs -> a bool each."""
         verdicts = []
         for start in range(0, len(cases), self.batch):
-            # One prompt a case, padded on the left so that the last column is every row's last token.
             rows = []
             for answer, example in cases[start:start + self.batch]:
                 text = JUDGE.format(question=example.question, truth=example.answer,
                                     given=" ".join(answer.split()))
                 rows.append(self.tokens(self.tokenizer.apply_chat_template(
-                    [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True,
-                    enable_thinking=False)))
-            width = max(len(row) for row in rows)
-            ids = torch.full((len(rows), width), self.no)                         # (B, P)
-            mask = torch.zeros(len(rows), width, dtype=torch.long)                # (B, P)
-            for i, row in enumerate(rows):
-                ids[i, width - len(row):] = torch.tensor(row)
-                mask[i, width - len(row):] = 1
+                    [{"role": "user", "content": text}], tokenize=False,
+                    add_generation_prompt=True, enable_thinking=False)))
 
-            # Positions count from each row's first real token.
-            ids, mask = ids.to(self.model.device), mask.to(self.model.device)
-            positions = (mask.cumsum(1) - 1).clamp(min=0)                         # (B, P)
+            # Padded on the left, so that the last column is every row's last token; positions
+            # count from its first.
+            width = max(len(row) for row in rows)
+            pads = [width - len(row) for row in rows]
+            ids = torch.tensor([[self.no] * pad + row for pad, row in zip(pads, rows)])    # (B, P)
+            mask = torch.arange(width)[None] >= torch.tensor(pads)[:, None]                # (B, P)
+            ids, mask = ids.to(self.model.device), mask.long().to(self.model.device)
+            positions = (mask.cumsum(1) - 1).clamp(min=0)                                  # (B, P)
             logits = self.model(input_ids=ids, attention_mask=mask, position_ids=positions,
-                                use_cache=False, logits_to_keep=1).logits[:, -1]  # (B, V)
+                                use_cache=False, logits_to_keep=1).logits[:, -1]           # (B, V)
             verdicts += (logits[:, self.yes] > logits[:, self.no]).tolist()
         return verdicts
-
-
-# ---------------------------------------------------------------------------------------------
-# Asking a model
-
-MODES = ("p2r", "think", "direct", "oracle")
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How a model is asked. The defaults are the authors' evaluation."""
-    # How the model is asked
-    mode: str = "p2r"             # p2r: two stages; think or direct: think and answer, or answer at
-                                  # once, on the plain image; oracle: reason with the true boxes
-    evidence: str = "both"        # what the Reasoner sees of the boxes: both, annotated, crops or none
-    max_pixels: int = 4_194_304   # pixel budget of every image the model sees, crops too
-    perceive_tokens: int = 256    # longest Perceiver response
-    reason_tokens: int = 1024     # longest Reasoner response
-    penalty: float = 1.05         # repetition penalty; 1: none
-    batch: int = 8                # questions asked together
-
-    def check(self):
-        """Raises InputError for the first setting that cannot work."""
-        for name, known in (("mode", MODES), ("evidence", REGIONS)):
-            if getattr(self, name) not in known:
-                raise InputError(f"--{name} {getattr(self, name)} is unknown: it is one of {', '.join(known)}")
-        for name in ("max_pixels", "perceive_tokens", "reason_tokens", "penalty", "batch"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} must be more than 0")
-
-
-def ask(model, codec, examples, protocol, judge=None):
-    """Yields a record, a dict ready for JSON, for each Example. Greedy, so deterministic.
-
-    boxes are the Perceiver's (or, in mode "oracle", the true ones), perceived and reasoned the two
-    texts; parsable is None where no boxes were asked for.
-    """
-    limits = dict(greedy=True, rows=protocol.batch, penalty=protocol.penalty)
-    size = 4 * protocol.batch  # a killed run loses no more than this
-    for start in range(0, len(examples), size):
-        chunk = examples[start:start + size]
-
-        # 1. Boxes: the Perceiver's, the true ones, or none.
-        looks = [None] * len(chunk)
-        boxes = [example.boxes if protocol.mode == "oracle" else () for example in chunk]
-        if protocol.mode == "p2r":
-            groups = perceive(model, codec, chunk, max_tokens=protocol.perceive_tokens, **limits)
-            looks = [group.completions[0] for group in groups]
-            boxes = [look.parsed.boxes for look in looks]
-
-        # 2. The answer. In mode direct the whole text is it, unless the model is used to tags.
-        limits_of_answer = dict(limits, max_tokens=protocol.reason_tokens)
-        if protocol.mode == "direct":
-            groups = direct(model, codec, chunk, **limits_of_answer)
-        else:
-            cases = list(zip(chunk, boxes))
-            groups = reason(model, codec, cases, protocol.evidence, **limits_of_answer)
-        texts = [group.completions[0].text for group in groups]
-        if protocol.mode == "direct":
-            texts = [f"<answer>{text}</answer>" if answer_in(text) is None else text for text in texts]
-
-        # 3. The verdict.
-        scores = grade(zip(texts, chunk), judge)
-        for example, look, found, text, verdict in zip(chunk, looks, boxes, texts, scores):
-            record = {name: getattr(example, name) for name in
-                      ("id", "category", "rotation", "question", "answer", "answer_form")}
-            yield record | {
-                "image": str(example.image), "options": list(example.options),
-                "boxes": [list(box) for box in found],
-                "parsable": look and look.parsed.parsable, "perceived": look and look.text,
-                "reasoned": text, "reward": verdict.reward, "answered": verdict.answered,
-                "judged": verdict.judged}
-
-
-# ---------------------------------------------------------------------------------------------
-# Accuracy
-
-
-def hits(boxes, example):
-    """Is the centre of every true box inside one of the predicted boxes that are cropped?"""
-    for true in example.boxes:
-        x, y = (true.x1 + true.x2) / 2, (true.y1 + true.y2) / 2
-        if not any(b[0] <= x <= b[2] and b[1] <= y <= b[3] for b in boxes[:MAX_CROPS]):
-            return False
-    return True
-
-
-def evaluate(model, codec, examples, protocol, judge=None):
-    """Accuracy of one model in both roles, for training's report. Fractions, None where there is nothing to measure:
-
-    p2r     perceive, crop, reason: the method
-    hit     the boxes contain the centres of all true boxes (needs `boxes`)
-    plain   reason on the plain image, without boxes: the baseline
-    oracle  reason with the true boxes: what the Reasoner could do with a perfect Perceiver
-    n       number of examples; unparsable, unanswered: shares of the p2r outputs
-    categories: {category: [p2r, plain]}
-    """
-    boxed = [example for example in examples if example.boxes]
-    asked = {}
-    for mode, some in (("p2r", examples), ("think", examples), ("oracle", boxed)):
-        records = ask(model, codec, some, dataclasses.replace(protocol, mode=mode), judge)
-        asked[mode] = list(tqdm(records, f"eval {mode}", total=len(some), leave=False, unit="q"))
-
-    # By category: the method and the baseline side by side.
-    categories = {}
-    for category in sorted({example.category for example in examples}):
-        categories[category] = []
-        for mode in ("p2r", "think"):
-            rewards = [r["reward"] for r in asked[mode] if r["category"] == category]
-            categories[category].append(mean(rewards))
-
-    pairs = zip(asked["p2r"], examples)
-    return {
-        "p2r": mean(r["reward"] for r in asked["p2r"]),
-        "hit": mean(hits(r["boxes"], example) for r, example in pairs if example.boxes),
-        "plain": mean(r["reward"] for r in asked["think"]),
-        "oracle": mean(r["reward"] for r in asked["oracle"]),
-        "n": len(examples),
-        "unparsable": mean(not r["parsable"] for r in asked["p2r"]),
-        "unanswered": mean(not r["answered"] for r in asked["p2r"]),
-        "categories": categories,
-    }
-
-
-def print_accuracy(columns):
-    """Print (title, result of `evaluate`) pairs as a small table, one column each."""
-    last = columns[-1][1]
-    print(f"\n{'held-out, n = ' + str(last['n']):52}" + "".join(f"{title:>10}" for title, _ in columns))
-    for name, text in (("p2r", "perceive, then reason"),
-                       ("hit", "the boxes hold all that was asked about"),
-                       ("plain", "reason on the plain image"),
-                       ("oracle", "reason with the true boxes")):
-        values = [result[name] for _, result in columns]
-        cells = ["-" if value is None else f"{value:.3f}" for value in values]
-        print(f"{name:7}{text:45}" + "".join(f"{cell:>10}" for cell in cells))
-
-    # Kinds of questions, where there is more than one.
-    if len(last["categories"]) > 1:
-        for kind in last["categories"]:
-            cells = [f"{result['categories'][kind][0]:10.3f}" for _, result in columns]
-            print(f"{'':7}{'p2r, ' + kind:45}" + "".join(cells))
-
-
-def mean(values):
-    """The mean of some numbers as a float, or None of none at all."""
-    values = [float(value) for value in values]
-    return sum(values) / len(values) if values else None
-
-
-# ---------------------------------------------------------------------------------------------
-# Skip the rest on a first reading: data files, benchmark tables, the command line.
-# ---------------------------------------------------------------------------------------------
-# Data files. SPEC is a file, a folder that holds one, or a hub id (owner/name, owner/name/file).
-
-SUFFIXES = (".jsonl", ".json", ".tsv", ".csv", ".parquet")
-
-COLUMNS = {  # a field of Example: where it is read from. The first that a row has wins; a dot goes inside.
-    "image": ("image", "images", "original_images", "image_path", "bytes"),
-    "question": ("question", "problem", "text", "prompt"),          # prompt: chat messages (verl)
-    "answer": ("answer", "solution", "label", "reward_model.ground_truth", "ground_truth"),
-    "answer_form": ("answer_form", "extra_info.answer_form"),
-    "options": ("options", "multi-choice options"),                 # texts, or columns A, B, C, ...
-    "category": ("category", "data_source"),
-    "rotation": ("cycle_category",),
-    "id": ("id", "index", "question_id", "doc_id", "extra_info.index"),
-    "boxes": ("boxes",),  # [x1, y1, x2, y2], 0..1000. Only to measure; no training code reads it
-}
 
 
 def need(fine, problem):
@@ -568,67 +575,94 @@ def need(fine, problem):
         raise InputError(problem)
 
 
+# ---------------------------------------------------------------------------------------------
+# Data files. SPEC is a file, a folder that holds one, or a hub id (owner/name, owner/name/file).
+
+SUFFIXES = (".jsonl", ".json", ".tsv", ".csv", ".parquet")
+
+COLUMNS = {  # a field of Example: the columns it is read from, the first that a row has
+    "image": ("image", "images", "original_images", "image_path", "bytes"),
+    "question": ("question", "problem", "text", "prompt"),            # prompt: chat messages (verl)
+    "answer": ("answer", "solution", "label", "reward_model.ground_truth", "ground_truth"),
+    "answer_form": ("answer_form", "extra_info.answer_form"),
+    "options": ("options", "multi-choice options"),                   # or columns A, B, C, ...
+    "category": ("category", "data_source"),
+    "rotation": ("cycle_category",),
+    "id": ("id", "index", "question_id", "doc_id", "extra_info.index"),
+    "boxes": ("boxes",),  # [x1, y1, x2, y2], 0..1000. Only to measure; no training code reads it
+}
+
+
 def load_data(spec, images=None, skip_bad=False, flag="--data"):
     """A file, folder or hub id of questions -> list of Example; prints what was read.
 
     Every row and every image header is checked now, before a model is loaded; pixels stay on disk.
     images: the folder that relative paths start from; default: the data file's.
     Raises InputError that names file, row and field. With skip_bad bad rows are left out and
-    counted, and each image is read in full, as its end may be missing.
+    counted, and every image is read to its end, which may be missing.
     """
-    examples, bad, used, notes = [], [], {}, []
+    examples, bad, used, reread = [], [], {}, []
     for file in data_files(spec, flag):
         kind = "line" if file.suffix == ".jsonl" else "row"
-        rows = stored_rows(file) if file.suffix in (".tsv", ".csv", ".parquet") else file_rows(file)
-        for number, row, image in tqdm(rows, f"checking {file.name}", delay=2, leave=False):
+        rows = tqdm(rows_of(file), f"checking {file.name}", delay=2, leave=False)
+        for number, row, image in rows:
             try:
                 need(not isinstance(row, InputError), str(row))
-                root = Path(images or file.parent)
-                examples.append(to_example(row, image, root, number, skip_bad, used, notes))
+                example = to_example(row, number, used)
+                path = image or inside(Path(images or file.parent), row_value(row, "image")[1])
+                problem = image_problem(path, fully=skip_bad)
+                need(not problem, f"the field 'image' names {path}, {problem}")
             except InputError as error:
                 bad.append(f"{file}, {kind} {number}: {error}")
                 need(skip_bad, bad[0])
+                continue
+
+            # A number that our own rule cannot read is compared word by word.
+            if example.answer_form == "na" and number_in(example.answer) is None:
+                reread.append(example.answer)
+                example = dataclasses.replace(example, answer_form="free_form")
+            examples.append(dataclasses.replace(example, image=path))
+
+    # Say what was read, and from where.
     first = f"the first bad row is {bad[0]}" if bad else "it is empty"
     need(examples, f"{flag} {spec} holds no example; {first}")
-
     forms = Counter(example.answer_form for example in examples)
-    print(f"read {len(examples):,} examples from {spec}: "
-          + ", ".join(f"{n:,} {form}" for form, n in forms.items())
-          + "; columns " + ", ".join(f"{field} <- {column}" for field, column in used.items()))
-    if notes:
-        print(f"{len(notes):,} answers of form na are not one number and are compared as free-form; "
-              f"the first is {notes[0]!r}")
+    forms = ", ".join(f"{count:,} {form}" for form, count in forms.items())
+    columns = ", ".join(f"{field} <- {column}" for field, column in used.items())
+    print(f"read {len(examples):,} examples from {spec}: {forms}; columns {columns}")
+    if reread:
+        print(f"{len(reread):,} answers of form na are not one number, such as {reread[0]!r}: they "
+              f"are compared as free-form")
     if bad:
         print(f"skipped {len(bad):,} bad rows; the first is {bad[0]}")
     return examples
 
 
 def data_files(spec, flag="--data"):
-    """The data files that SPEC names: one, or the shards of one. Raises InputError if that is not clear."""
+    """The files that SPEC names: one, or the shards of one. Raises InputError if it is unclear."""
     path = find(spec, flag, "dataset")
-    if path.is_file():
-        need(path.suffix in SUFFIXES, f"{flag} {spec}: the file must end in {' or '.join(SUFFIXES)}")
-        return [path]
-    names = one_data_set([file.relative_to(path) for file in path.rglob("*")], spec, flag)
-    need(names, f"{flag} {spec}: there is no {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file")
-    return [path / name for name in names]
-
-
-def one_data_set(names, spec, flag):
-    """Of the names of a folder's files those that hold the data, sorted. Raises InputError if they
-    hold several data sets, or one in several formats."""
-    names = sorted(n for n in names if n.suffix in SUFFIXES and not n.parts[0].startswith("."))
+    files = [path] if path.is_file() else sorted(path.rglob("*"))
+    files = [file for file in files if file.suffix in SUFFIXES]
+    if path.is_dir():
+        files = [file for file in files if not file.relative_to(path).parts[0].startswith(".")]
     # Beside a data.jsonl other names (annotations among the images, say) don't count.
-    if Path("data.jsonl") in names:
-        names = [name for name in names if name.with_suffix("") == Path("data")]
-    sets = {re.sub(r"-\d+-of-\d+(?=\.\w+$)", "", str(name)) for name in names}
-    choice = " or ".join(f"{spec}/{name}" for name in names[:4])
-    need(len(sets) <= 1, f"{flag} {spec} holds several data files: name one of them, as {choice}")
-    return names
+    if path / "data.jsonl" in files:
+        files = [file for file in files if file.with_suffix("") == path / "data"]
+    need(files, f"{flag} {spec}: there is no {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file")
+
+    # One set in two formats would be read twice, and halve the error bar.
+    sets = {re.sub(r"-\d+-of-\d+(?=\.\w+$)", "", str(file)) for file in files}
+    choice = " or ".join(f"{spec}/{file.relative_to(path)}" for file in files[:4])
+    need(len(sets) == 1, f"{flag} {spec} holds several data files: name one of them, as {choice}")
+    return files
 
 
-def file_rows(file):
-    """(number, row, None) of every row of a data file. A line that is no JSON comes as its InputError."""
+def rows_of(file):
+    """(number, row, image) of each row of a data file. A line that is no JSON is its InputError.
+
+    image is the path of an image that was inside the row, else None.
+    """
+    # A bad line costs only itself: those after it can still be read.
     if file.suffix == ".jsonl":
         with file.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
@@ -638,71 +672,68 @@ def file_rows(file):
                     except (ValueError, RecursionError) as error:
                         row = InputError(f"not a JSON object ({error})")
                     yield number, row, None
-        return
-    try:
+    elif file.suffix == ".json":
         for number, row in enumerate(table_rows(file), start=1):
             yield number, row, None
-    except (csv.Error, ValueError, RecursionError, OSError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{file} cannot be read as {file.suffix[1:]}: {error}") from error
+    else:
+        yield from unpacked_rows(file)
 
 
 def table_rows(file):
-    """The rows of a .json, .csv, .tsv or .parquet file."""
-    if file.suffix == ".json":
-        rows = json.loads(file.read_bytes())
-        kind = type(rows).__name__
-        need(isinstance(rows, list), f"{file} must hold a JSON list of examples, not a {kind}")
-        yield from rows
-    elif file.suffix == ".parquet":
-        try:
+    """The rows of a .json, .csv, .tsv or .parquet file. Raises InputError."""
+    try:
+        if file.suffix == ".json":
+            rows = json.loads(file.read_bytes())
+            need(isinstance(rows, list), f"it holds a {type(rows).__name__}, not a list of examples")
+            yield from rows
+        elif file.suffix == ".parquet":
             from pyarrow import parquet
-        except ImportError as error:
-            raise InputError(f'reading {file} needs pyarrow: pip install -e ".[data]"') from error
-        # One row at a time and unbuffered, as images may be inside.
-        table = parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
-        for batch in table.iter_batches(batch_size=1):
-            yield from batch.to_pylist()
-    else:
-        csv.field_size_limit(1 << 30)  # an image is one field
-        with file.open(newline="", encoding="utf-8-sig") as text:
-            yield from csv.DictReader(text, delimiter="\t" if file.suffix == ".tsv" else ",")
+
+            # One row at a time and unbuffered, as images may be inside.
+            table = parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
+            for batch in table.iter_batches(batch_size=1):
+                yield from batch.to_pylist()
+        else:
+            csv.field_size_limit(1 << 30)  # an image is one field
+            with file.open(newline="", encoding="utf-8-sig") as text:
+                yield from csv.DictReader(text, delimiter="\t" if file.suffix == ".tsv" else ",")
+    except ImportError as error:
+        raise InputError(f'reading {file} needs pyarrow: pip install -e ".[data]"') from error
+    except (csv.Error, ValueError, RecursionError, OSError) as error:
+        raise InputError(f"{file} cannot be read as {file.suffix[1:]}: {error}") from error
 
 
-def stored_rows(file):
-    """(number, row, image) of a table whose cells may hold images; `image` is then a file's path.
+def unpacked_rows(file):
+    """`rows_of` a table whose cells may hold images.
 
-    The images are written into the cache once, so that from there on there is one loader. VLMEvalKit
+    They are written into the cache once, so that from there on there is one loader. VLMEvalKit
     stores an image once; its other rows hold the index of the row that has it.
     """
     def fill(folder):
         places = {}  # a row's index -> the image that is stored in it
         (folder / "images").mkdir()
         with (folder / "rows.jsonl").open("w") as out:
-            for number, row, _ in tqdm(file_rows(file), f"unpacking {file.name}, once", delay=2):
-                image = None
-                for column in COLUMNS["image"]:
-                    content = encoded_image(row.get(column))
-                    if content and not image:
-                        image = hashlib.sha256(content).hexdigest()[:32]  # equal images are stored once
-                        (folder / "images" / image).write_bytes(content)
-                        places[str(row.get("index"))] = image
-                        row[column] = "(stored)"
-                # A cell that JSON does not know, such as bytes or a date, is kept as its type's name.
-                line = [number, {str(key): cell for key, cell in row.items()}, image]
-                out.write(json.dumps(line, default=lambda cell: f"({type(cell).__name__})") + "\n")
+            for row in tqdm(table_rows(file), f"unpacking {file.name}, once", delay=2):
+                column, cell = row_value(row, "image")
+                content, image = encoded_image(cell), None
+                if content is not None:
+                    image = hashlib.sha256(content).hexdigest()[:32]  # equal images: one file
+                    (folder / "images" / image).write_bytes(content)
+                    row[column] = places[str(row.get("index"))] = image
+                # What JSON does not know (bytes, a date) is kept as the name of its type.
+                out.write(json.dumps([row, image], default=lambda cell: f"({type(cell).__name__})"))
+                out.write("\n")
         (folder / "places.json").write_text(json.dumps(places))
 
-    key = f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}"
-    folder = cached("rows-" + hashlib.sha256(key.encode()).hexdigest()[:16], fill)
+    state = file.stat()
+    key = f"{file.resolve()} {state.st_size} {state.st_mtime_ns}".encode()
+    folder = cached("rows-" + hashlib.sha256(key).hexdigest()[:16], fill)
     places = json.loads((folder / "places.json").read_text())
     with (folder / "rows.jsonl").open() as lines:
-        for line in lines:
-            number, row, image = json.loads(line)
-            if image is None:
-                image = places.get(str(row.get("image")))
-            yield number, row, image and folder / "images" / image
+        for number, line in enumerate(lines, start=1):
+            row, image = json.loads(line)
+            image = image or places.get(str(row.get("image")))
+            yield number, row, folder / "images" / image if image else None
 
 
 def encoded_image(cell):
@@ -711,107 +742,101 @@ def encoded_image(cell):
         cell = cell[0]
     if isinstance(cell, dict):
         cell = cell.get("bytes") or cell.get("path")
-    if isinstance(cell, bytes):
-        return cell
     # Base64 has no dot, and a path's extension has one.
     if isinstance(cell, str) and len(cell) > 64 and "." not in cell[:1000]:
         try:
-            return base64.b64decode(re.sub(r"^data:[^,]*,|\s", "", cell), validate=True)
+            cell = base64.b64decode(re.sub(r"^data:[^,]*,|\s", "", cell), validate=True)
         except ValueError:
-            return None
-    return None
+            return None  # then it is taken for a path, and refused as one
+    return cell if isinstance(cell, bytes) else None
 
 
-def to_example(row, image, root, number, fully, used, notes):
-    """One raw row -> Example. Raises InputError that names the field.
+def row_value(row, field):
+    """(column, value) of a field: the first of its COLUMNS that holds something, or (None, None).
+    A dot in a column's name goes inside; NaN is what pandas writes for nothing."""
+    for column in COLUMNS[field]:
+        value = row
+        for key in column.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if value not in (None, "", []) and value == value:
+            return column, value
+    return None, None
 
-    image: the file of an image that was inside the row, or None. fully: read its pixels, too.
-    `used` collects {field: column}, `notes` number answers that are no number.
+
+def to_example(row, number, used):
+    """One raw row -> Example, all but its image. Raises InputError that names the field.
+
+    `used` collects {field: column}.
     """
     need(isinstance(row, dict), f"not a JSON object but a {type(row).__name__}")
-    need("None" not in row and None not in row, "there are more cells than the header names")
+    need(None not in row and "null" not in row, "there are more cells than columns in the header")
 
-    # 1. Each field from the first column that holds something. (NaN is what pandas writes for nothing.)
+    # 1. The fields, wherever this data set has them.
     fields = {}
-    for field, columns in COLUMNS.items():
-        for column in columns:
-            value = row
-            for key in column.split("."):
-                value = value.get(key) if isinstance(value, dict) else None
-            if field not in fields and given(value):
-                fields[field] = value
-                used.setdefault(field, column)
+    for field in COLUMNS:
+        column, value = row_value(row, field)
+        if column:
+            fields[field] = value
+            used.setdefault(field, column)
     for field in ("image", "question", "answer"):
         need(field in fields, f"the field {field!r} is missing or empty; "
                               f"it is read from {' or '.join(COLUMNS[field])}")
 
-    # 2. The question, its options lettered anew.
-    question = as_text(chat_text(fields["question"]), "question")
-    options = options_of(row, fields)
-    if not options:
-        question, options = split_options(question)
-    question, options = clean_question(question), [as_text(text, "options") for text in options]
-    need(question, "the field 'question' is empty")
-    labels = [re.match(rf"\(?{letter}[).:]\s*", text) for letter, text in zip(LETTERS, options)]
-    if all(labels):  # "(A) red" -> "red"; the letter comes back below
-        options = [text[label.end():] for label, text in zip(labels, options)]
-    need(len(options) <= len(LETTERS), f"the field 'options' holds more than {len(LETTERS)} options")
-    lettered = [f"{letter}. {text}" for letter, text in zip(LETTERS, options)]
+    # 2. The question without its options and without sentences on how to answer; then the options,
+    #    lettered anew. No text may hold a token that steers the model.
+    question, options = question_and_options(row, fields)
+    lettered = [f"{letter}. {option}" for letter, option in zip(LETTERS, options)]
     question = "\n".join([question, *lettered])
     control = re.search(r"<\|\w+\|>", question)
-    need(not control, f"the field 'question' holds {control and control[0]}, which steers the model: remove it")
+    need(not control, f"the field 'question' holds {control and control[0]}: remove it")
 
-    # 3. The answer, in a form that its text can have.
+    # 3. The answer, in a form that its text can have. A lone letter without options is an option's
+    #    letter whose options were not found, unless the row says that it is not.
     answer = as_text(fields["answer"], "answer")
     answer = (answer_in(answer) or answer).strip()
     form = fields.get("answer_form", "mca" if options else "free_form")
-    need(form in list(FORMS), f"the field 'answer_form' must be one of {', '.join(FORMS)}, not {form!r}")
-    lone = re.fullmatch(r"\(?[A-Fa-f]\)?[.:]?", answer)
-    need(options or "answer_form" in fields or not lone,
-         f"the answer is the letter {answer!r}, but there are no options among the columns "
-         f"{', '.join(map(str, row))}: give them as 'options', as columns A, B, ..., or as lines of "
-         f"the question, or say that 'answer_form' is free_form")
+    need(isinstance(form, str) and form in FORMS,
+         f"the field 'answer_form' must be one of {', '.join(FORMS)}, not {form!r}")
+    lone = re.fullmatch(r"\(?[A-Fa-f]\)?[.:]?", answer) and not options
+    need("answer_form" in fields or not lone,
+         f"the answer is the letter {answer!r}, but there are no options in the columns "
+         f"{', '.join(row)}: give them as 'options', as A, B, ... or as lines of the question, or "
+         f"say that 'answer_form' is free_form")
     letter = option_letter(answer, options)
-    if form == "na" and number_in(answer) is None:
-        form = "free_form"
-        notes.append(answer)
-    wrong = None
-    if form == "mca" and letter is None:
-        wrong = "names no option" if options else "names no option letter A to F"
-    elif form == "mca" and options and letter not in LETTERS[:len(options)]:
-        wrong = f"names an option, but there are only {len(options)} options"
-    elif form == "free_form" and not plain_words(answer):
-        wrong = "holds no word to compare with"
-    need(not wrong, f"the field 'answer' is {answer!r}, which {wrong}")
+    if form == "mca":
+        need(letter, f"the field 'answer' is {answer!r}, which names no option (a letter A to F)")
+        need(not options or letter in LETTERS[:len(options)],
+             f"the field 'answer' is {answer!r}, but there are only {len(options)} options")
+    need(plain_words(answer), f"the field 'answer' is {answer!r}, which holds no word to compare")
 
-    # 4. The image, and the boxes to measure with.
-    path = image or inside(root, fields["image"])
-    problem = image_problem(path, fully)
-    need(not problem, f"the field 'image' names {path}, {problem}")
-    boxes = [to_box(value) for value in listed(fields.get("boxes", []), "boxes")]
-    extra = {field: as_text(fields.get(field, ""), field) for field in ("category", "rotation")}
-    return Example(path, question, answer, form, tuple(options), boxes=tuple(boxes),
-                   id=as_text(fields.get("id", number), "id"), **extra)
-
-
-def given(value):
-    return value not in (None, "", []) and value == value
-
-
-def is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    # 4. The rest is only to measure with.
+    boxes = []
+    for box in as_list(fields.get("boxes", []), "boxes"):
+        fine = isinstance(box, list) and len(box) == 4
+        fine = fine and all(isinstance(v, (int, float)) and 0 <= v <= 1000 for v in box)
+        need(fine and box[0] < box[2] and box[1] < box[3], f"the field 'boxes' must hold [x1, y1, "
+             f"x2, y2] between 0 and 1000, x1 < x2 and y1 < y2, not {str(box)[:80]!r}")
+        boxes.append(Box(*map(float, box)))
+    return Example(
+        image=None, question=question, answer=answer, answer_form=form, options=tuple(options),
+        category=as_text(fields.get("category", ""), "category"),
+        rotation=as_text(fields.get("rotation", ""), "rotation"),
+        id=as_text(fields.get("id", number), "id"), boxes=tuple(boxes))
 
 
 def as_text(value, field):
-    """A text or number as text. Raises InputError for anything else, and for what no tokenizer takes."""
-    need(isinstance(value, str) or is_number(value), f"the field {field!r} must be text, not {str(value)[:80]!r}")
+    """A text or number as text. Raises InputError for all else, and for what no tokenizer takes."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    need(isinstance(value, str) or number and field != "question",
+         f"the field {field!r} must be text, not {str(value)[:80]!r}")
     text = str(value)
-    need(not re.search("[\0\ud800-\udfff]", text), f"the field {field!r} holds characters that are no text: {text[:80]!r}")
+    need(not re.search("[\0\ud800-\udfff]", text),
+         f"the field {field!r} holds characters that are no text: {text[:80]!r}")
     return text
 
 
-def listed(value, field):
-    """A list as it is. A text that holds one (VLMEvalKit's MME-RealWorld-Lite) is read as Python's."""
+def as_list(value, field):
+    """A list as it is. A text that holds one (MME-RealWorld-Lite's TSV) is read as Python's."""
     if isinstance(value, str):
         try:
             value = ast.literal_eval(value)
@@ -821,78 +846,84 @@ def listed(value, field):
     return value
 
 
-def options_of(row, fields):
-    """The options of a row: its columns A, B, ..., or its field, or []."""
-    letters = [letter for letter in LETTERS if given(row.get(letter))]
+def question_and_options(row, fields):
+    """The question's clean text and its options' texts, wherever they stand. Raises InputError."""
+    # In chat messages the question is what the user says first, without its images.
+    question = fields["question"]
+    if isinstance(question, list):
+        users = [m for m in question if isinstance(m, dict) and m.get("role") == "user"]
+        question = users[0].get("content") if users else None
+    if isinstance(question, list):
+        parts, question = question, ""
+        for part in parts:
+            need(isinstance(part, dict), "the field 'question' holds a chat part that is no object: "
+                                         f"{str(part)[:80]!r}")
+            if part.get("type") != "image":
+                question += as_text(part.get("text"), "question")
+    question = as_text(question, "question")
+
+    # Options are columns A, B, ..., or a list, or lines of the question.
+    letters = [letter for letter in LETTERS if row.get(letter) not in (None, "") and
+               row[letter] == row[letter]]
     need("".join(letters) == LETTERS[:len(letters)],
          f"the options {', '.join(letters)} are given, but not those between them")
-    if letters:
-        return [row[letter] for letter in letters]
-    return listed(fields.get("options", []), "options")
+    options = [row[letter] for letter in letters] or as_list(fields.get("options", []), "options")
+    if not options:
+        question, options = split_options(question)
+    question = clean_question(question)
+    need(question, "the field 'question' is empty")
+    need(len(options) <= len(LETTERS), f"the field 'options' holds more than {len(LETTERS)}")
+    options = [as_text(option, "options") for option in options]
 
-
-def chat_text(value):
-    """What the user says in a list of chat messages, as text; anything else as it is."""
-    if not isinstance(value, list):
-        return value
-    said = None
-    for message in value:
-        if isinstance(message, dict) and message.get("role") == "user" and said is None:
-            said = message.get("content")
-    if not isinstance(said, list):
-        return said
-    texts = []
-    for part in said:
-        need(isinstance(part, dict), f"the field 'question' holds a chat part that is no object: {part!r}")
-        if part.get("type") != "image":
-            texts.append(as_text(part.get("text"), "question"))
-    return "".join(texts)
-
-
-def to_box(value):
-    """[x1, y1, x2, y2] -> Box. Raises InputError."""
-    fine = isinstance(value, list) and len(value) == 4
-    fine = fine and all(is_number(v) and 0 <= v <= 1000 for v in value)
-    need(fine and value[0] < value[2] and value[1] < value[3], f"the field 'boxes' must be a list of "
-         f"[x1, y1, x2, y2] between 0 and 1000, x1 < x2 and y1 < y2, not {str(value)[:80]!r}")
-    return Box(*map(float, value))
+    # "(A) red" -> "red": letters are given back to all of them alike.
+    labels = [re.match(rf"\(?{letter}[).:]\s*", text) for letter, text in zip(LETTERS, options)]
+    if all(labels):
+        options = [text[label.end():] for label, text in zip(labels, options)]
+    return question, options
 
 
 def inside(root, cell):
-    """The path that an image cell names, below the folder `root`. Raises InputError if it leaves it.
+    """The path that an image cell names, below the folder `root`. Raises InputError outside it.
 
-    (The files of a hub snapshot are links into the `blobs` of its repository, which are let through.)
+    (A hub snapshot's files are links into the `blobs` of its repository, which are let through.)
     """
     if isinstance(cell, list):
         need(len(cell) == 1, f"the field 'image' holds {len(cell)} images; P2R asks about one")
         cell = cell[0]
     if isinstance(cell, dict):
         cell = cell.get("path")
-    need(isinstance(cell, str) and len(cell) < 1000, f"the field 'image' must be a path, not {str(cell)[:80]!r}")
+    need(isinstance(cell, str) and len(cell) < 1000,
+         f"the field 'image' must be a path, not {str(cell)[:80]!r}")
     path = (root / as_text(cell, "image")).absolute()
+
+    # Neither as written (..) nor where links lead may it lie outside.
     allowed = [root.resolve()]
     for folder in root.resolve().parents:
         if folder.name == "snapshots" and folder.parent.name.startswith("datasets--"):
             allowed.append(folder.parent / "blobs")
-    fine = Path(os.path.normpath(path)).is_relative_to(root.absolute())
+    fine = Path(os.path.normpath(path)).is_relative_to(os.path.normpath(root.absolute()))
     fine = fine and any(path.resolve().is_relative_to(folder) for folder in allowed)
-    need(fine, f"the field 'image' names {cell}, which lies outside {root}: give --images a folder that holds it")
+    need(fine, f"the field 'image' names {cell}, which lies outside {root}: give --images a folder "
+               f"that holds it")
     return path
 
 
 def image_problem(path, fully=False):
-    """Why an image cannot be used, as the end of a sentence, or None. Reads its header, or all of it."""
+    """Why an image cannot be used, as the end of a sentence, or None. Reads its header, or all."""
     try:
         with Image.open(path) as image:  # refuses "decompression bombs", above 179 million pixels
             (width, height), mode = image.size, image.mode
             if fully:
                 image.load()
     except FileNotFoundError:
-        return "which does not exist: --images says where paths start, and archives must be unpacked"
+        return "which does not exist: --images says where paths start; archives must be unpacked"
     except Exception as error:  # Pillow raises a dozen kinds for a broken file
         return f"which cannot be read: {error}"
+
+    # What the model's image processor, or our conversion to RGB, would stumble over later.
     if max(width, height) > MAX_RATIO * min(width, height):
-        return f"which is {width} x {height}: Qwen3-VL takes images up to {MAX_RATIO} times as long as wide"
+        return (f"which is {width} x {height}: Qwen3-VL takes images up to {MAX_RATIO} times as "
+                f"long as wide")
     if mode == "F":
         return "whose pixels are floating point numbers: convert it to 8 bits a channel"
     return None
@@ -931,6 +962,7 @@ def clean_question(text):
 
 def split_options(question):
     """Options written into a question as lines "(A) red", "B. blue" ... -> (the rest, options)."""
+    # Only letters from A on, in order, are options: a line "U.S. mail" is not one.
     rest, letters, options = [], "", []
     for line in question.split("\n"):
         found = re.fullmatch(r"\s*\(?([A-Z])[).:]\s*(\S.*?)\s*", line)
@@ -951,8 +983,8 @@ def split_options(question):
 def accuracy(records):
     """(share of right answers, how many independent questions stand behind it).
 
-    HR-Bench asks every question once for each rotation of its options: the accuracy of each rotation
-    is averaged, and as the rotations of a question are not independent, it counts once.
+    HR-Bench asks every question once for each rotation of its options: the accuracy of each is
+    averaged, and as the rotations of a question are not independent, it counts once.
     """
     rotations = {}
     for record in records:
@@ -962,7 +994,7 @@ def accuracy(records):
 
 
 def wilson(share, n, z=1.96):
-    """The 95 % confidence interval of a share of n: Wilson's score interval (1927), inside 0..1."""
+    """The 95 % confidence interval of a share of n: Wilson's score interval (1927), in 0..1."""
     centre = share + z * z / (2 * n)
     spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     low, high = (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
@@ -970,43 +1002,42 @@ def wilson(share, n, z=1.96):
 
 
 def published_table(categories, spec):
-    """(title, entry) of the benchmark in assets/published.json that these records belong to, or (None, None).
+    """(title, entry) of these categories' benchmark in assets/published.json; else (None, None).
 
-    The set's categories must be that benchmark's, and its mark ("4k", "lite") part of SPEC; of two
-    marks the one that SPEC holds last.
+    The entry's mark ("4k", "lite") must be part of SPEC; of two marks the one that it holds last.
     """
-    tables = json.loads((Path(__file__).parent / "assets" / "published.json").read_text())
-    spec, best, found = str(spec).lower(), -1, (None, None)
-    for title, entry in tables.items():
-        place = spec.rfind(entry["mark"])
+    file = Path(__file__).parent / "assets" / "published.json"
+    best, found = -1, (None, None)
+    for title, entry in json.loads(file.read_text()).items():
+        place = str(spec).lower().rfind(entry["mark"])
         if categories <= set(entry["categories"]) and place > best:
             best, found = place, (title, entry)
     return found
 
 
 def print_benchmark(records, title, spec, speed=None):
-    """The table that papers print: accuracy by category and overall in percent, with 95 % intervals."""
+    """The papers' table: accuracy by category and overall in percent, with 95 % intervals."""
     categories = {record["category"].lower() for record in records}
     name, entry = published_table(categories, spec)
-    entry = entry or {"categories": {c: c for c in sorted(categories - {""})}, "rows": {}, "doubtful": []}
+    if entry is None:
+        own = {r["category"].lower(): r["category"] for r in records if r["category"]}
+        entry = {"categories": own, "rows": {}, "doubtful": []}
 
-    # One column for each category that was asked, in the papers' order, and one for all.
-    heads, found = [], []
-    for category, head in entry["categories"].items():
-        some = [record for record in records if record["category"].lower() == category]
+    # A column for each category that was asked, in the papers' order, and one for all.
+    heads, shares, intervals = [], [], []
+    for category, head in [*entry["categories"].items(), (None, "overall")]:
+        some = [r for r in records if category in (None, r["category"].lower())]
         if some:
+            share, n = accuracy(some)
+            low, high = wilson(share, n)
             heads.append(head)
-            found.append(accuracy(some))
-    heads.append("overall")
-    found.append(accuracy(records))
-    rows = {"": heads, "this run": [f"{100 * share:.1f}" for share, _ in found], "  95 % interval": []}
-    for share, n in found:
-        low, high = wilson(share, n)
-        rows["  95 % interval"].append(f"{100 * low:.0f}-{100 * high:.0f}")
+            shares.append(f"{100 * share:.1f}")
+            intervals.append(f"{100 * low:.0f}-{100 * high:.0f}")
+    rows = {"": heads, "this run": shares, "  95 % interval": intervals}
     for who, values in entry["rows"].items():
         values = dict(zip([*entry["categories"].values(), "overall"], values))
-        star = " *" if who in entry["doubtful"] else ""
         cells = ["-" if values[head] is None else f"{values[head]:.1f}" for head in heads]
+        star = " *" if who in entry["doubtful"] else ""
         rows[f"{who}, published{star}"] = cells
 
     print(f"\n{title}: {name or spec}, {len(records):,} questions")
@@ -1017,56 +1048,51 @@ def print_benchmark(records, title, spec, speed=None):
         print("* as the paper prints it: the overall value is not the mean of its two halves")
 
     # What the accuracy does not tell.
-    boxes = [box for record in records for box in record["boxes"]]
-    parsable = [record["parsable"] for record in records if record["parsable"] is not None]
+    boxes = [Box(*box) for record in records for box in record["boxes"]]
     line = f"{len(boxes) / len(records):.2f} boxes a question"
     if boxes:
-        line += f" of {mean(Box(*box).area for box in boxes):.1%} of the image"
-    line += f"; without an answer {mean(not r['answered'] for r in records):.1%}"
-    line += f", judged {mean(r['judged'] for r in records):.1%}"
-    if parsable:
-        line += f", unparsable boxes {1 - mean(parsable):.1%}"
+        line += f" of {mean(box.area for box in boxes):.1%} of the image"
+    shares = {
+        "without an answer": mean(not r["answered"] for r in records),
+        "judged": mean(r["judged"] for r in records),
+        "unparsable boxes": mean(not r["parsable"] for r in records if r["parsable"] is not None)}
+    for what, share in shares.items():
+        if share is not None:
+            line += f", {what} {share:.1%}"
     print(line + (f"; {speed:.2f} questions/s" if speed else ""))
-
-
-def read_records(file):
-    """The records of a results.jsonl, without a last line that a killed run left half. Raises InputError."""
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    try:
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-    except ValueError as error:
-        raise InputError(f"{file} holds a line that is not JSON ({error}): remove the file, or choose "
-                         f"another --out") from error
 
 
 def draw(record, example, codec):
     """One record -> the picture that tells its story."""
     image = example.load_image()
     boxes = [Box(*box) for box in record["boxes"]]
-    texts = []
-    for title, key in (("perceiver", "perceived"), ("reasoner", "reasoned"), ("truth", "answer")):
-        if record[key]:
-            texts.append((title, record[key]))
-    seen = [codec.scaled(view) for view in (image, *gather(image, boxes)[1][:1])]
+    texts = [("perceiver", record["perceived"]), ("reasoner", record["reasoned"]),
+             ("truth", record["answer"])]
+    texts = [(title, text) for title, text in texts if text]
+
+    # What the model sees: the whole image and the first crop, at its own pixels.
+    _, crops = gather(image, boxes)
+    seen = [codec.scaled(view) for view in (image, *crops[:1])]
     return picture(image, boxes, record["question"], texts, seen=seen)
 
 
 # ---------------------------------------------------------------------------------------------
-# The command line
+# The command line, and what both programs share of it
 
 
 def add_flags(parser, settings):
     """One flag for every field of a dataclass, from its source: `name: type = default  # help`.
 
-    Comment lines below a field continue its help; a comment line after a blank line, or before the
-    first field, is the title of a group. Only flags that were given come back from the parser.
+    Comment lines below a field continue its help; one after a blank line, or before the first
+    field, is the title of a group. Only flags that were given come back from the parser.
     """
-    group, name, blank, helps, groups = None, None, False, {}, {}
+    # Read the comments. A dataclass keeps names, types and defaults, but not what stands beside.
+    group, name, blank, helps, groups = parser, None, False, {}, {}
     for line in inspect.getsource(settings).splitlines():
         code, _, comment = line.strip().partition("#")
         field = re.match(r"(\w+): \w+ = ", code)
         if code.startswith(("def ", "@property")):
-            break
+            break  # the fields end where the methods begin
         if field:
             name = field[1]
             helps[name], groups[name] = comment.strip(), group
@@ -1076,6 +1102,7 @@ def add_flags(parser, settings):
             helps[name] += " " + comment.strip()
         blank = not line.strip()
 
+    # argparse.SUPPRESS: what was not given must not hide what a run or the toy says.
     for field in dataclasses.fields(settings):
         how = {"type": field.type}
         if field.type is bool:
@@ -1083,30 +1110,32 @@ def add_flags(parser, settings):
         default = "none" if field.default == "" else field.default
         text = f"{helps[field.name]} (default: {default})".replace("%", "%%")
         flag = "--" + field.name.replace("_", "-")
-        (groups[field.name] or parser).add_argument(flag, default=argparse.SUPPRESS, help=text, **how)
+        groups[field.name].add_argument(flag, default=argparse.SUPPRESS, help=text, **how)
 
 
-def run_program(name, run, arguments=None, hint=""):
-    """Run run(arguments) as a program -> its exit status.
+def run_program(name, main, arguments=None, hint=""):
+    """Run main(arguments) as the program `name` -> its exit status.
 
     What a user can mend is one line on stderr and status 2. Ctrl-C, SIGTERM and SIGHUP end it with
-    one line, too (hint says how to go on), and status 128 + signal.
+    one line, too (`hint` says how to go on), and status 128 + signal.
     """
     def stop(number, frame):
         raise KeyboardInterrupt(number)
 
+    # The handlers that were here before are put back: tests run programs inside their own.
     names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
     signals = [getattr(signal, name) for name in names if hasattr(signal, name)]
     before = {number: signal.signal(number, stop) for number in signals}
     try:
-        run(arguments)
+        main(arguments)
         return 0
     except (InputError, OSError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
-        number = signal.Signals(error.args[0] if error.args else signal.SIGINT)
-        print(f"\n{name}: stopped by {number.name}{'; ' if hint else ''}{hint}", file=sys.stderr)
+        number = error.args[0] if error.args else signal.SIGINT
+        told = f"{name}: stopped by {signal.Signals(number).name}"
+        print(f"\n{told}; {hint}" if hint else f"\n{told}", file=sys.stderr)
         return 128 + number
     finally:
         for number, handler in before.items():
@@ -1121,72 +1150,99 @@ def printable(text):
 @dataclass
 class Task:
     """What is asked, of whom, and where it goes."""
-    # What
+    # A benchmark, or questions of your own
     model: str = ""          # Qwen3-VL: a hub id or a folder; without it the embedded toy
     data: str = ""           # questions: a file, folder or hub id; without it the toy's
     images: str = ""         # folder that relative image paths start from; default: the data file's
     skip_bad: bool = False   # leave bad rows out, and count them, instead of stopping
-    limit: int = 0           # ask only so many questions, drawn at random once and for all; 0: all
+    limit: int = 0           # ask only so many questions, drawn once and for all; 0: all
     judge: str = "none"      # who settles free-form answers in other words: none, self, or a model
-    out: str = ""            # folder for results.jsonl and pictures; default: runs/eval-MODEL-DATA-MODE
+    out: str = ""            # folder for results.jsonl and pictures; default: one in runs/
     pictures: int = 8        # draw the first so many questions
-    score: str = ""          # a results.jsonl: score its texts again and print the table
 
     # A picture of your own
     image: str = ""          # a picture: prints boxes and answer, writes one picture
     question: str = ""       # what to ask about it
-    answer_form: str = "free_form"  # the kind of answer: mca (a letter), na (a number) or free_form
+    answer_form: str = "free_form"  # the answer: mca (a letter), na (a number) or free_form
 
     def check(self):
         """Raises InputError for the first setting that cannot work."""
         for name in ("limit", "pictures"):
             need(getattr(self, name) >= 0, f"--{name} {getattr(self, name)} must be 0 or more")
-        need(self.answer_form in FORMS, f"--answer-form {self.answer_form} is unknown: it is one of {', '.join(FORMS)}")
-        need(bool(self.image) == bool(self.question), "--image and --question belong together: give both")
+        need(self.answer_form in FORMS,
+             f"--answer-form {self.answer_form} is not one of {', '.join(FORMS)}")
+
+        # A picture needs a question, and a model that has seen the world.
+        need(bool(self.image) == bool(self.question), "give --image and --question together")
+        need(not self.image or Path(self.image).is_file(),
+             f"--image {self.image}: there is no such file")
         need(self.model or not self.image,
-             "--image needs --model, for instance --model Qwen/Qwen3-VL-2B-Instruct: the embedded toy "
+             "--image needs --model, such as --model Qwen/Qwen3-VL-2B-Instruct: the embedded toy "
              "knows nothing but the striped signs of its own small world")
-        need(self.data or self.image or self.score or not self.model,
-             "--model needs --data (a benchmark, or questions of your own), or --image and --question")
+        need(self.data or self.image or not self.model,
+             "--model needs --data (a benchmark, or questions of your own), or --image, --question")
+
+
+def earlier_records(out, config, examples):
+    """The records that an earlier run left in the folder `out`, if it was asked the same; else [].
+
+    A last line that a kill left half is none. Raises InputError where other results are in the way.
+    """
+    results, config_file = out / "results.jsonl", out / "config.json"
+    if not results.exists() or not config_file.exists():
+        return []
+    lines = results.read_text().splitlines(keepends=True)
+    try:
+        records = [json.loads(line) for line in lines if line.endswith("\n")]
+        known = json.loads(config_file.read_text())
+    except ValueError as error:
+        raise InputError(f"{out} holds what is not JSON ({error}): choose another --out") from error
+
+    # Another protocol, or other questions? (More of them than records is what resuming is for.)
+    changed = []
+    for key, value in config.items():
+        if known.get(key) != value:
+            changed.append(f"{key} was {known.get(key)} and is {value}")
+    then = [(record["id"], record["question"], record["answer"]) for record in records]
+    now = [(example.id, example.question, example.answer) for example in examples]
+    if then != now[:len(then)]:
+        changed.append("the questions are not the same")
+    need(not changed, f"{out} holds other results ({'; '.join(changed)}): choose another --out")
+    return records
 
 
 def run_data(task, protocol):
-    """Every question of a data set -> results.jsonl, pictures and the table. A killed run goes on."""
+    """Every question of a data set -> results.jsonl, pictures, the table. A killed run goes on."""
     examples = load_data(task.data, task.images, task.skip_bad)
     if task.limit:
-        # An order of their own, so that leaving one out moves no other.
+        # In an order of their own, so that leaving a bad one out moves no other.
         examples.sort(key=lambda example: random.Random(example.id + example.question).random())
         examples = examples[:task.limit]
 
-    # What an earlier run has answered stays, if it was asked the same: whole chunks of `ask`, for in
-    # bf16 an answer may depend on who shares its batch.
-    name = f"eval-{Path(task.model).name}-{Path(task.data).stem}-{protocol.mode}"
-    out = Path(task.out or f"runs/{name}")
+    default = f"runs/eval-{Path(task.model).name}-{Path(task.data).stem}-{protocol.mode}"
+    out = Path(task.out or default)
     out.mkdir(parents=True, exist_ok=True)
-    results, config_file = out / "results.jsonl", out / "config.json"
-    records = read_records(results)
-    config = {"model": task.model, "data": task.data, "judge": task.judge, **dataclasses.asdict(protocol)}
-    known = json.loads(config_file.read_text()) if records and config_file.exists() else config
-    changed = [f"{key} was {known.get(key)} and is {value}" for key, value in config.items()
-               if known.get(key) != value]
-    for record, example in zip(records, examples):
-        if (record["id"], record["question"], record["answer"]) != (example.id, example.question, example.answer):
-            changed = ["the questions are not the same"]
-    need(not changed, f"{out} holds other results ({'; '.join(changed)}): choose another --out")
-    if len(records) != len(examples):
-        size = 4 * protocol.batch
-        records = records[:min(len(records), len(examples)) // size * size]
+    config = {"model": task.model, "data": task.data, "judge": task.judge}
+    config = config | dataclasses.asdict(protocol)
+    records = earlier_records(out, config, examples)
 
+    # Go on after whole chunks only: in bf16 an answer may depend on who shares its batch.
+    if len(records) < len(examples):
+        size = CHUNK * protocol.batch
+        records = records[:len(records) // size * size]
+
+    # A model and a judge that cannot be loaded must not leave anything in the way.
     model, codec = load(find(task.model), protocol.max_pixels)
     judge = None
     if task.judge == "self":
         judge = Judge(model, codec.tokenizer)
     elif task.judge != "none":
         judge = Judge.load(task.judge, model.device)
-    config_file.write_text(json.dumps(config, indent=2) + "\n")
+    results = out / "results.jsonl"
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     results.write_text("".join(json.dumps(record) + "\n" for record in records))
 
-    # Ask the rest; each record is on disk before the next one is.
+    # Ask the rest; each record is on disk before the next one is made.
     rest, start = examples[len(records):], time.perf_counter()
     asked = ask(model, codec, rest, protocol, judge)
     with results.open("a") as lines:
@@ -1205,23 +1261,23 @@ def run_data(task, protocol):
 def run_picture(task, protocol):
     """One picture and one question of the user's own."""
     path = Path(task.image)
-    problem = "there is no such file" if not path.is_file() else image_problem(path, fully=True)
-    need(not problem, f"--image {path}: {problem}")
+    problem = image_problem(path, fully=True)
+    need(not problem, f"--image names {path}, {problem}")
     example = Example(path, task.question, "", task.answer_form, id=path.name)
     model, codec = load(find(task.model), protocol.max_pixels)
     record = next(ask(model, codec, [example], protocol))
 
     # Boxes in pixels of the picture, each with the colour in which it is drawn.
     size = example.load_image().size
-    for box, colour in zip(record["boxes"], itertools.cycle(COLOURS)):
-        print(f"{colour:8} {printable(box[4])}: pixels {to_rect(box, size)}")
+    boxes = [Box(*box) for box in record["boxes"]]
+    for box, colour in zip(boxes, itertools.cycle(COLOURS)):
+        print(f"{colour:8} {printable(box.label)}: pixels {to_rect(box, size)}")
     answer = answer_in(record["reasoned"])
-    print(f"answer   {'(none: the text has no <answer>)' if answer is None else printable(answer)}")
+    print(f"answer   {'(none: no <answer> in the text)' if answer is None else printable(answer)}")
 
     # A new name each time: nothing is written over.
-    out = Path(task.out or "runs")
+    out, number = Path(task.out or "runs"), 1
     out.mkdir(parents=True, exist_ok=True)
-    number = 1
     while (out / f"{path.stem}-{number}.png").exists():
         number += 1
     file = out / f"{path.stem}-{number}.png"
@@ -1229,36 +1285,23 @@ def run_picture(task, protocol):
     print(f"picture  {file}")
 
 
-def rescore(file):
-    """Score the texts of a results.jsonl again and print the table. A judge's verdicts stay."""
-    need(file.is_file() and file.with_name("config.json").is_file(),
-         f"--score {file}: there must be such a file, and config.json beside it")
-    config = json.loads(file.with_name("config.json").read_text())
-    records = read_records(file)
-    need(records, f"--score {file}: there is no result in it")
-    for record in records:
-        if not record["judged"]:
-            example = Example(Path(), "", record["answer"], record["answer_form"], tuple(record["options"]))
-            record["reward"] = score(record["reasoned"], example).reward
-    print_benchmark(records, f"{Path(config['model']).name} in mode {config['mode']}", config["data"])
-
-
-def settings_for(task):
+def fitting_protocol(task):
     """The protocol's values that fit the model: of the toy, or of the run that it is from."""
     if not task.model:
-        print("no --model: this is the embedded toy, which knows nothing but the striped signs of its "
-              "own small world")
+        print("no --model: this is the embedded toy, which knows its own small world only")
         world = toy.defaults()
         task.model, task.data = world["model"], task.data or world["eval_data"]
-        return dict(max_pixels=toy.BUDGET, penalty=1.0, batch=64,
-                    perceive_tokens=world["perceive_tokens"], reason_tokens=world["reason_tokens"])
+        own = {name: world[name] for name in ("max_pixels", "perceive_tokens", "reason_tokens")}
+        return own | {"penalty": 1.0, "batch": 64}
+
+    # A folder that training wrote says under which budgets.
     saved = find(task.model) / "p2r.json"
-    if saved.is_file():
-        own = json.loads(saved.read_text())
-        print("asked as the model was trained, where no flag says otherwise: "
-              + ", ".join(f"{name} {value}" for name, value in own.items()))
-        return own
-    return {}
+    if not saved.is_file():
+        return {}
+    own = json.loads(saved.read_text())
+    told = ", ".join(f"{name} {value}" for name, value in own.items())
+    print(f"asked as it was trained, where no flag says otherwise: {told}")
+    return own
 
 
 def main(arguments=None):
@@ -1272,12 +1315,10 @@ def main(arguments=None):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
+    # A given flag wins over the model's own values, and those over the authors' protocol.
     task = Task(**{name: flags.pop(name) for name in list(flags) if hasattr(Task, name)})
     task.check()
-    if task.score:
-        rescore(Path(task.score))
-        return
-    protocol = Protocol(**{**settings_for(task), **flags})
+    protocol = Protocol(**(fitting_protocol(task) | flags))
     protocol.check()
     if task.image:
         run_picture(task, protocol)
