@@ -789,9 +789,9 @@ def refuse_several(name, flag, repository, inside):
         return
     below = f"{inside}/" if inside else ""
     files = sorted(f for f in listed if f.startswith(below) and f.endswith(DATA_FILES))
-    if f"{below}data.jsonl" in files:
-        return
-    if len({re.sub(r"-\d+-of-\d+$", "", str(Path(f).with_suffix(""))) for f in files}) > 1:
+    files = [f for f in files if not f.startswith(".")]
+    sets = {re.sub(r"-\d+-of-\d+(?=\.\w+$)", "", f) for f in files}
+    if len(sets) > 1 and f"{below}data.jsonl" not in files:
         first = " or ".join(f"{repository}/{f}" for f in files[:4])
         raise InputError(f"{flag} {name} holds several data files: name one of them, as {first}")
 
