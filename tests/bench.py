@@ -231,10 +231,12 @@ def versus(name, ours, theirs, args):
 
 def figures(ours, theirs):
     """Lists of (seconds, GiB) -> a row's figures."""
-    mine, other = (statistics.median(seconds for seconds, _ in side) for side in (ours, theirs))
-    gib = [max(side, key=lambda run: run[1] or 0)[1] for side in (ours, theirs)]
-    return dict(ours_s=mine, theirs_s=other, ratio=other / mine, ours_gib=gib[0],
-                theirs_gib=gib[1])
+    row = {}
+    for name, runs in (("ours", ours), ("theirs", theirs)):
+        seconds, gib = zip(*runs)
+        row[f"{name}_s"] = statistics.median(seconds)
+        row[f"{name}_gib"] = None if None in gib else max(gib)
+    return row | {"ratio": row["theirs_s"] / row["ours_s"]}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -243,6 +245,7 @@ def figures(ours, theirs):
 
 def padded_logprobs(model, prompt, texts, banned, chunk=512):
     """What others do: G rows of prompt + response as one batch, the images G times. (G R,)"""
+    # G copies of the prompt, a response after each.
     G, P = len(texts), len(prompt.ids)
     texts = torch.stack(texts).to(model.device)                                 # (G, R)
     after = prompt.positions.max() + 1 + torch.arange(texts.shape[1])
@@ -250,6 +253,8 @@ def padded_logprobs(model, prompt, texts, banned, chunk=512):
     inputs["input_ids"] = torch.cat([inputs["input_ids"], texts], dim=1)        # (G, P + R)
     inputs["position_ids"] = torch.cat(
         [inputs["position_ids"], after.expand(3, G, -1).to(model.device)], dim=2)
+
+    # As in grpo.response_logprobs, logits exist a chunk at a time.
     hidden = model.model(**inputs, use_cache=False).last_hidden_state[:, P - 1:-1]
     banned = banned.to(model.device)
 
@@ -285,6 +290,7 @@ def row_update(args):
         def theirs():
             return backward(model, padded_logprobs(model, prompt, texts, banned), weights)
 
+        # Gradients are compared parameter by parameter, relative to their norm.
         found, mine, other = versus(f"update {P} {R} {G}", ours, theirs, args)
         gaps = [(a - b).norm() / b.norm().clamp_min(1e-12) for a, b in zip(mine[1], other[1])]
         yield dict(row="update", shape=[P, R, G], **found, our_tokens=P + G * R,
@@ -342,7 +348,8 @@ def scripted(lengths, rows):
 
     def logits(active):
         # Token 1 goes on, token 0 ends.
-        ends = torch.tensor([[row.t + 1 >= n for n in lengths[row.order]] for row in active])
+        script = torch.tensor([lengths[row.order] for row in active])           # (n, G)
+        ends = torch.tensor([row.t + 1 for row in active])[:, None] >= script
         return 100.0 * torch.stack([ends, ~ends], dim=-1)                       # (n, G, 2)
 
     def prefill(model, table, place, newcomers):
@@ -395,6 +402,8 @@ def row_partner(args):
     batch = examples[:s.questions]
     groups = list(rollout.perceive(model, codec, batch, group=s.group, rows=s.rollout_batch,
                                    max_tokens=s.perceive_tokens, generator=generator))
+
+    # Labels never reach the Reasoner, so evidence is the question and the coordinates in order.
     every, distinct = [], {}
     for q, group in enumerate(groups):
         for completion in group.completions:
@@ -424,6 +433,7 @@ def row_evaluation(args):
     how = dict(do_sample=False, temperature=None, top_k=None, top_p=None, min_new_tokens=None,
                eos_token_id=stops, pad_token_id=stops[0], suppress_tokens=codec.banned.tolist())
 
+    # Both sides are greedy and write the same limits of tokens.
     def ours():
         looks = list(rollout.perceive(model, codec, examples, greedy=True, rows=s.partner_batch,
                                       max_tokens=s.perceive_tokens))
@@ -505,6 +515,7 @@ def row_step(args):
                               kl=0.01, clip=0.2, max_norm=1.0)
             return groups
 
+        # Both sides in turn, as in `versus`: a step of theirs, then one of ours.
         measured, lengths = ([], []), []
 
         class InTurn(transformers.TrainerCallback):
@@ -596,6 +607,7 @@ def row_phases(args):
         if not small and name in torch.cuda.get_device_name():
             card = speeds
 
+    # Boxes and pay are scripted: a random model writes none, and earns nothing.
     looked = []
 
     def boxes(text):
