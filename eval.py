@@ -62,6 +62,7 @@ import toy
 from crop import COLOURS, MAX_CROPS, MAX_RATIO, Box, gather, picture, to_rect, to_rgb
 from rollout import FORMS, REGIONS, InputError, cached, direct, find, load, perceive, reason
 
+# No benchmark gives more than six options.
 LETTERS = "ABCDEF"
 
 
@@ -129,6 +130,8 @@ def score(text, example, whole_text=False):
     answered = answer_in(text) is not None
     if answer is None:
         return Score(0.0, answered)
+
+    # All or nothing: there is no partial credit for a format, a length or a near miss.
     right = correct(answer, example)
 
     # A judge is only asked about a short phrase. One that is long, or that would put control tokens
@@ -155,6 +158,7 @@ def answer_in(text, whole_text=False):
 
 def correct(answer, example):
     """Is this answer the example's: the same letter, the same number, or the same words?"""
+    # The truth is read by the same rule as the answer, so "(B)" and "B. blue" are truths, too.
     if example.answer_form == "mca":
         letter = option_letter(answer, example.options)
         return letter is not None and letter == option_letter(example.answer, example.options)
@@ -170,7 +174,9 @@ def correct(answer, example):
 # Asking a model
 
 MODES = ("p2r", "think", "direct", "oracle")
-CHUNK = 4  # batches that are asked, then written: a killed run loses no more
+
+# So many batches are asked, then handed out: a run that is killed loses no more.
+CHUNK = 4
 
 
 @dataclass(frozen=True)
@@ -230,7 +236,7 @@ def ask(model, codec, examples, protocol, judge=None):
                 text = f"<answer>{text}</answer>"
             texts.append(text)
 
-        # 3. The verdict.
+        # 3. The verdict, and all that is needed to look into it later.
         scores = grade(zip(texts, chunk), judge)
         for example, look, found, text, verdict in zip(chunk, looks, boxes, texts, scores):
             record = {name: getattr(example, name) for name in
@@ -249,6 +255,7 @@ def ask(model, codec, examples, protocol, judge=None):
 
 def hits(boxes, example):
     """Is the centre of every true box inside one of the predicted boxes that are cropped?"""
+    # The centre, not the overlap: a crop that holds the thing is enough, however large it is.
     for true in example.boxes:
         x, y = (true.x1 + true.x2) / 2, (true.y1 + true.y2) / 2
         if not any(b[0] <= x <= b[2] and b[1] <= y <= b[3] for b in boxes[:MAX_CROPS]):
@@ -326,7 +333,9 @@ def mean(values):
 #
 # How a letter, a number and words are read
 
-LONGEST = 1000  # characters: a longer text is an essay, which is not read for a letter or number
+# In characters. A longer text is an essay, which is not read for a letter or a number. It also
+# bounds the time that any pattern below can take.
+LONGEST = 1000
 
 # With these an answer takes itself back, or keeps a second way open. It earns nothing.
 DOUBT = re.compile(
@@ -384,13 +393,19 @@ def option_letter(text, options=()):
     for match in NAMED.finditer(text):
         named.add(match[1].upper())
     mentioned = set(MENTIONED.findall(text))
+
+    # 4. What is left must be short: in an essay some option is always named by chance.
     if len(named) != 1 or mentioned - named or DOUBT.search(text) or len(text.split()) > 25:
         return None
     return named.pop()
 
 
+# Bigger number words are left out: "twenty-one" would need a grammar, and is refused instead.
 WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 POWERS = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9}
+
+# Digits with what may belong to them. What stands directly before and behind must not make another
+# number of it: not a time, a date, a range, a power, a version, a name such as x5.
 NUMBER = re.compile(rf"""
     (?<![\w,/:^])(?<!\d\.)(?<!-\ )                                     # not inside something else
     (?P<sign>[-+]?)[€£]?
@@ -400,6 +415,7 @@ NUMBER = re.compile(rf"""
     (?![\d/_^+]|[.,:]\d|(?-i:\ ?[kKMB]\b))                             # not 12:30, 10^2, 3+, 3k
     \ ?(?P<percent>%|percent\b)?(?P<powers>(?:\ ?(?:{"|".join(POWERS)})s?\b)*)
     """, re.IGNORECASE | re.VERBOSE)
+
 # Limits, and words of numbers that are not read: half a number must not be taken for the whole.
 NO_NUMBER = re.compile(
     r"[<>≤≥]|\b(?:less|more|fewer|least|most|up to|over|under|almost|nearly|than|half|quarter"
@@ -428,12 +444,17 @@ def number_in(text):
     found = list(NUMBER.finditer(text))
     if len(found) != 1 or re.search(r"\d", text[:found[0].start()]):
         return None
+
+    # A whole number with a fraction behind it is a sum, a fraction alone a quotient. Both are kept
+    # exactly, so no rounding decides: 0.1 and 1/10 are one number.
     part = found[0].groupdict()
     below = int(part["below"] or part["under"] or 1)
     if below == 0:
         return None
     value = Fraction(re.sub("[, ]", "", part["digits"]) + (part["exponent"] or ""))
     value = value / below if part["below"] else value + Fraction(int(part["over"] or 0), below)
+
+    # "Three hundred thousand": each word multiplies.
     for power in part["powers"].lower().split():
         value *= POWERS[power.removesuffix("s")]
     return (-value if part["sign"] == "-" else value), bool(part["percent"])
@@ -461,25 +482,36 @@ def same_number(answer, truth):
 
 def undressed(text):
     """An answer on one line without LaTeX, HTML, markdown and quotes; fractions as 1/2."""
+    # A bullet is not a minus. A small 2 above the line must not become a digit of the number before
+    # it, nor ½: 10² is not 102, and 3½ not 31/2.
     text = re.sub(r"^\s*[-•]\s+", "", text)
-    text = re.sub("[¹²³⁰⁴-⁹]+", "^", text)                     # else 10² would become 102,
-    text = re.sub("([¼-¾⅐-⅞])", r" \1", text)                  # and 3½ 31/2
+    text = re.sub("[¹²³⁰⁴-⁹]+", "^", text)
+    text = re.sub("([¼-¾⅐-⅞])", r" \1", text)
+
+    # One form for characters that look alike: wide letters, dashes, spaces of all kinds.
     text = unicodedata.normalize("NFKC", text).translate(str.maketrans("’⁄−–—", "'/---"))
+
+    # Markup goes. Dollars too: they stand around LaTeX more often than before money.
     text = re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r" \1/\2", text)
     text = re.sub(r"</?[a-z][^<>]{0,80}>|\\(?:boxed|text\w*|math\w*|left|right)|__", " ", text)
     text = re.sub(r'[*`#"“”{}\[\]\\|]', " ", text.replace("$", ""))
+
+    # A new line is a pause.
     return " ".join(re.sub(r"\s*[\n\r]\s*", "; ", text.strip()).split())
 
 
-MARKS = "!\"#&'()*,/:;<=>?@[\\]^_`{|}~“”‘’«»…。、·¿¡—–"  # all but $ + - % and the dot
+# Punctuation that never belongs to a word. $ + - % and the dot may: "-5", "$5", "C++", ".5".
+MARKS = "!\"#&'()*,/:;<=>?@[\\]^_`{|}~“”‘’«»…。、·¿¡—–"
 
 
 def plain_words(text):
     """Lower case, one form of each character, no punctuation around words, single spaces."""
+    # Character by character from both ends, not by a pattern: linear in the length of any text.
     words = []
     for word in unicodedata.normalize("NFKC", text).casefold().split():
         word = word.rstrip(MARKS + "$-.")
         bare = word.lstrip(MARKS + ".")
+
         # A decimal point is no punctuation: ".5" is not "5".
         if bare[:1].isdigit() and word.endswith("." + bare):
             bare = "." + bare
@@ -513,6 +545,8 @@ class Judge:
 
     def __init__(self, model, tokenizer, batch=32):
         self.model, self.tokenizer, self.batch = model, tokenizer, batch
+
+        # Only the first token of a reply is looked at, so there the two must differ.
         self.yes, self.no = (self.tokens(word)[0] for word in ("Yes", "No"))
         need(self.yes != self.no, "--judge: Yes and No begin with the same token of this model's "
                                   "vocabulary; choose another")
@@ -547,6 +581,7 @@ class Judge:
         """(answer, example) pairs -> a bool each."""
         verdicts = []
         for start in range(0, len(cases), self.batch):
+            # White space in an answer is flattened: it could imitate the lines of the prompt.
             rows = []
             for answer, example in cases[start:start + self.batch]:
                 text = JUDGE.format(question=example.question, truth=example.answer,
@@ -580,7 +615,9 @@ def need(fine, problem):
 
 SUFFIXES = (".jsonl", ".json", ".tsv", ".csv", ".parquet")
 
-COLUMNS = {  # a field of Example: the columns it is read from, the first that a row has
+# A field of Example: the columns it is read from. The first that a row has wins, so our own names
+# come before those of the data sets that are known.
+COLUMNS = {
     "image": ("image", "images", "original_images", "image_path", "bytes"),
     "question": ("question", "problem", "text", "prompt"),            # prompt: chat messages (verl)
     "answer": ("answer", "solution", "label", "reward_model.ground_truth", "ground_truth"),
@@ -605,6 +642,8 @@ def load_data(spec, images=None, skip_bad=False, flag="--data"):
     for file in data_files(spec, flag):
         kind = "line" if file.suffix == ".jsonl" else "row"
         rows = tqdm(rows_of(file), f"checking {file.name}", delay=2, leave=False)
+
+        # Whatever is wrong with a row becomes one sentence that says where it stands.
         for number, row, image in rows:
             try:
                 need(not isinstance(row, InputError), str(row))
@@ -640,11 +679,13 @@ def load_data(spec, images=None, skip_bad=False, flag="--data"):
 
 def data_files(spec, flag="--data"):
     """The files that SPEC names: one, or the shards of one. Raises InputError if it is unclear."""
+    # Hidden folders are left out: version control and caches keep JSON of their own.
     path = find(spec, flag, "dataset")
     files = [path] if path.is_file() else sorted(path.rglob("*"))
     files = [file for file in files if file.suffix in SUFFIXES]
     if path.is_dir():
         files = [file for file in files if not file.relative_to(path).parts[0].startswith(".")]
+
     # Beside a data.jsonl other names (annotations among the images, say) don't count.
     if path / "data.jsonl" in files:
         files = [file for file in files if file.with_suffix("") == path / "data"]
@@ -658,25 +699,23 @@ def data_files(spec, flag="--data"):
 
 
 def rows_of(file):
-    """(number, row, image) of each row of a data file. A line that is no JSON is its InputError.
+    """(number, row, image) of each row of a data file; a line that is no JSON as its InputError.
 
     image is the path of an image that was inside the row, else None.
     """
-    # A bad line costs only itself: those after it can still be read.
-    if file.suffix == ".jsonl":
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    try:
-                        row = json.loads(line)
-                    except (ValueError, RecursionError) as error:
-                        row = InputError(f"not a JSON object ({error})")
-                    yield number, row, None
-    elif file.suffix == ".json":
-        for number, row in enumerate(table_rows(file), start=1):
-            yield number, row, None
-    else:
+    if file.suffix != ".jsonl":
         yield from unpacked_rows(file)
+        return
+
+    # A bad line costs only itself: those after it can still be read.
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    row = InputError(f"not a JSON object ({error})")
+                yield number, row, None
 
 
 def table_rows(file):
@@ -684,7 +723,7 @@ def table_rows(file):
     try:
         if file.suffix == ".json":
             rows = json.loads(file.read_bytes())
-            need(isinstance(rows, list), f"it holds a {type(rows).__name__}, not a list of examples")
+            need(isinstance(rows, list), f"it holds a {type(rows).__name__}, not a list of rows")
             yield from rows
         elif file.suffix == ".parquet":
             from pyarrow import parquet
@@ -694,12 +733,13 @@ def table_rows(file):
             for batch in table.iter_batches(batch_size=1):
                 yield from batch.to_pylist()
         else:
-            csv.field_size_limit(1 << 30)  # an image is one field
+            # An image is one field, far beyond the limit that the library sets.
+            csv.field_size_limit(1 << 30)
             with file.open(newline="", encoding="utf-8-sig") as text:
                 yield from csv.DictReader(text, delimiter="\t" if file.suffix == ".tsv" else ",")
     except ImportError as error:
         raise InputError(f'reading {file} needs pyarrow: pip install -e ".[data]"') from error
-    except (csv.Error, ValueError, RecursionError, OSError) as error:
+    except (csv.Error, ValueError, NotImplementedError, RecursionError, OSError) as error:
         raise InputError(f"{file} cannot be read as {file.suffix[1:]}: {error}") from error
 
 
@@ -717,14 +757,18 @@ def unpacked_rows(file):
                 column, cell = row_value(row, "image")
                 content, image = encoded_image(cell), None
                 if content is not None:
-                    image = hashlib.sha256(content).hexdigest()[:32]  # equal images: one file
+                    # Named by its content, so equal images are one file.
+                    image = hashlib.sha256(content).hexdigest()[:32]
                     (folder / "images" / image).write_bytes(content)
                     row[column] = places[str(row.get("index"))] = image
+
                 # What JSON does not know (bytes, a date) is kept as the name of its type.
                 out.write(json.dumps([row, image], default=lambda cell: f"({type(cell).__name__})"))
                 out.write("\n")
         (folder / "places.json").write_text(json.dumps(places))
 
+    # A file that was changed is another file. The image stands beside its row, not in it: no cell
+    # can claim to be one that was unpacked, and so name a path of its own choice.
     state = file.stat()
     key = f"{file.resolve()} {state.st_size} {state.st_mtime_ns}".encode()
     folder = cached("rows-" + hashlib.sha256(key).hexdigest()[:16], fill)
@@ -732,7 +776,7 @@ def unpacked_rows(file):
     with (folder / "rows.jsonl").open() as lines:
         for number, line in enumerate(lines, start=1):
             row, image = json.loads(line)
-            image = image or places.get(str(row.get("image")))
+            image = image or places.get(str(row_value(row, "image")[1]))
             yield number, row, folder / "images" / image if image else None
 
 
@@ -742,6 +786,7 @@ def encoded_image(cell):
         cell = cell[0]
     if isinstance(cell, dict):
         cell = cell.get("bytes") or cell.get("path")
+
     # Base64 has no dot, and a path's extension has one.
     if isinstance(cell, str) and len(cell) > 64 and "." not in cell[:1000]:
         try:
@@ -769,6 +814,8 @@ def to_example(row, number, used):
     `used` collects {field: column}.
     """
     need(isinstance(row, dict), f"not a JSON object but a {type(row).__name__}")
+
+    # (The library collects what is too much under None, which JSON calls null.)
     need(None not in row and "null" not in row, "there are more cells than columns in the header")
 
     # 1. The fields, wherever this data set has them.
@@ -802,6 +849,8 @@ def to_example(row, number, used):
          f"the answer is the letter {answer!r}, but there are no options in the columns "
          f"{', '.join(row)}: give them as 'options', as A, B, ... or as lines of the question, or "
          f"say that 'answer_form' is free_form")
+
+    # A truth that our own rule cannot read would make every answer wrong.
     letter = option_letter(answer, options)
     if form == "mca":
         need(letter, f"the field 'answer' is {answer!r}, which names no option (a letter A to F)")
@@ -829,6 +878,8 @@ def as_text(value, field):
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     need(isinstance(value, str) or number and field != "question",
          f"the field {field!r} must be text, not {str(value)[:80]!r}")
+
+    # Half a surrogate pair (JSON can hold one) stops the tokenizer, NUL the file system.
     text = str(value)
     need(not re.search("[\0\ud800-\udfff]", text),
          f"the field {field!r} holds characters that are no text: {text[:80]!r}")
@@ -837,6 +888,7 @@ def as_text(value, field):
 
 def as_list(value, field):
     """A list as it is. A text that holds one (MME-RealWorld-Lite's TSV) is read as Python's."""
+    # A literal, never code: literal_eval takes nothing that could act.
     if isinstance(value, str):
         try:
             value = ast.literal_eval(value)
@@ -856,8 +908,8 @@ def question_and_options(row, fields):
     if isinstance(question, list):
         parts, question = question, ""
         for part in parts:
-            need(isinstance(part, dict), "the field 'question' holds a chat part that is no object: "
-                                         f"{str(part)[:80]!r}")
+            need(isinstance(part, dict),
+                 f"the field 'question' holds a chat part that is no object: {str(part)[:80]!r}")
             if part.get("type") != "image":
                 question += as_text(part.get("text"), "question")
     question = as_text(question, "question")
@@ -953,6 +1005,7 @@ def clean_question(text):
     """
     text = re.sub(r"<image>|^\s*Question:", "", text).strip()
     kept = []
+    # Sentences end in . ! ? before white space (not in "3.5" or "U.S.A") or with the line.
     for sentence in re.split(r"(?<=[.!?])(?=\s)|(?<=\n)", text):
         bare = sentence.strip()
         if bare.endswith("?") or not INSTRUCTION.fullmatch(bare.rstrip(".:! ")):
@@ -986,6 +1039,7 @@ def accuracy(records):
     HR-Bench asks every question once for each rotation of its options: the accuracy of each is
     averaged, and as the rotations of a question are not independent, it counts once.
     """
+    # Other sets have one rotation, "", and the mean of means is the mean.
     rotations = {}
     for record in records:
         rotations.setdefault(record["rotation"], []).append(record["reward"])
@@ -995,6 +1049,7 @@ def accuracy(records):
 
 def wilson(share, n, z=1.96):
     """The 95 % confidence interval of a share of n: Wilson's score interval (1927), in 0..1."""
+    # Clamped, as rounding can lead outside by one unit in the last place.
     centre = share + z * z / (2 * n)
     spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     low, high = (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
@@ -1007,6 +1062,7 @@ def published_table(categories, spec):
     The entry's mark ("4k", "lite") must be part of SPEC; of two marks the one that it holds last.
     """
     file = Path(__file__).parent / "assets" / "published.json"
+    # Categories alone don't tell 4K from 8K, nor the full MME-RealWorld from its Lite.
     best, found = -1, (None, None)
     for title, entry in json.loads(file.read_text()).items():
         place = str(spec).lower().rfind(entry["mark"])
@@ -1017,6 +1073,7 @@ def published_table(categories, spec):
 
 def print_benchmark(records, title, spec, speed=None):
     """The papers' table: accuracy by category and overall in percent, with 95 % intervals."""
+    # A set that no paper reports has the columns that it brings, in its own order.
     categories = {record["category"].lower() for record in records}
     name, entry = published_table(categories, spec)
     if entry is None:
@@ -1033,6 +1090,8 @@ def print_benchmark(records, title, spec, speed=None):
             heads.append(head)
             shares.append(f"{100 * share:.1f}")
             intervals.append(f"{100 * low:.0f}-{100 * high:.0f}")
+
+    # The papers' rows below it, for comparison; a dash is what no paper reports.
     rows = {"": heads, "this run": shares, "  95 % interval": intervals}
     for who, values in entry["rows"].items():
         values = dict(zip([*entry["categories"].values(), "overall"], values))
@@ -1252,6 +1311,7 @@ def run_data(task, protocol):
             records.append(record)
     speed = len(rest) / (time.perf_counter() - start)
 
+    # Show: the first pictures, then the table.
     for number, (record, example) in enumerate(zip(records[:task.pictures], examples), start=1):
         draw(record, example, codec).save(out / f"{number:05d}.png")
     print_benchmark(records, f"{Path(task.model).name} in mode {protocol.mode}", task.data, speed)
@@ -1260,6 +1320,7 @@ def run_data(task, protocol):
 
 def run_picture(task, protocol):
     """One picture and one question of the user's own."""
+    # Looked at before the model is loaded, as everything that can be wrong is.
     path = Path(task.image)
     problem = image_problem(path, fully=True)
     need(not problem, f"--image names {path}, {problem}")
@@ -1289,6 +1350,7 @@ def fitting_protocol(task):
     """The protocol's values that fit the model: of the toy, or of the run that it is from."""
     if not task.model:
         print("no --model: this is the embedded toy, which knows its own small world only")
+        # The toy's images are tiny, and its answers so short that a penalty would bend them.
         world = toy.defaults()
         task.model, task.data = world["model"], task.data or world["eval_data"]
         own = {name: world[name] for name in ("max_pixels", "perceive_tokens", "reason_tokens")}
@@ -1310,6 +1372,8 @@ def main(arguments=None):
     add_flags(parser, Task)
     add_flags(parser, Protocol)
     flags = vars(parser.parse_args(arguments))
+
+    # An empty text is what a shell makes of a variable that is not set: never what was meant.
     for name, value in flags.items():
         need(value != "", f"--{name.replace('_', '-')} is empty: give it a value, or leave it out")
     transformers.logging.set_verbosity_error()
