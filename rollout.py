@@ -607,7 +607,7 @@ def prefetch(make, items, depth=16):
 
 def progress(items, text):
     """A progress bar for what takes longer than a few seconds; it leaves no trace."""
-    return tqdm(list(items), text, leave=False, delay=5, unit="prompt")
+    return tqdm(list(items), text, leave=False, delay=5, unit="prompt", disable=None)
 
 
 def penalised(logits, active, penalty, codec):
