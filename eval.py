@@ -1,41 +1,53 @@
-"""What an example is, how it is loaded, what counts as correct, and accuracy on a set.
+"""What an example is, what counts as correct, how a model is asked, and accuracy.
 
     python eval.py --model M --data SPEC --mode p2r     # or think, or direct: a benchmark's table
     python eval.py --model M --image photo.jpg --question "What is written on the red sign?"
 
-The reward of training *is* the check of evaluation: both call `grade`. Training rewards exactly
-what the tables report, in the format that the tables expect.
+The reward of training *is* the check of evaluation: both call `grade`, and both read it here first.
+How data files are loaded, the papers' tables and the command line follow after the line that says
+"skip on a first reading".
 
-Data. SPEC is a file (.jsonl, .json, .tsv, .csv, .parquet), a folder that holds one, or a hub id
-(owner/name, or owner/name/file). COLUMNS lists the names under which each field is found. A file with the
-images inside is unpacked once into an ordinary folder, in the cache; from there on there is one loader.
+Protocol. As the authors evaluate (greedy, at most 4,194,304 pixels an image and at least what the
+checkpoint's own image processor says, repetition penalty 1.05, 256 tokens for the Perceiver and
+1024 for the Reasoner, an answer without <answer> is wrong), but for this:
 
-Protocol. As the authors evaluate (greedy, 4,194,304 pixels an image, at least 16,384, repetition penalty 1.05,
-256 tokens for the Perceiver and 1024 for the Reasoner, an answer without <answer> is wrong), but for this:
- 1. Prompts are worded by us, so a published checkpoint meets words it was not trained on.
- 2. Option letters, numbers and boxes are read by the rules of `option_letter`, `number_in` and crop.parse_boxes.
- 3. `think` and `direct` run under the same budgets and penalty; the papers' baselines may not have.
+ 1. The prompts are worded by us, so a published checkpoint meets words it was not trained on.
+ 2. A data set's question loses its sentences on how to answer, which would contradict our prompt,
+    and its options are lettered anew, one a line (`clean_question`, `split_options`).
+ 3. The answer form of a row that does not say is guessed: options make it a choice, else it is
+    free-form. (The authors' loaders know each data set.)
+ 4. Option letters and numbers are read by the rules below, boxes by crop.parse_boxes. Of several
+    <answer> the last counts; the authors take the first.
+ 5. Images are turned upright (EXIF), and what is transparent is white. Crops are rounded outwards.
+ 6. `think` and `direct` run under the same budgets and penalty, `direct` with the Reasoner's limit,
+    which is longer than a plain answer needs; the papers' baselines may not have.
 """
 
+# Ctrl-C while torch is imported would print a traceback. The program's own handlers come later.
+if __name__ == "__main__":
+    import signal
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
+import ast
 import base64
-import binascii
-import contextlib
 import csv
 import dataclasses
-import functools
 import hashlib
+import inspect
 import itertools
 import json
 import math
+import os
 import random
 import re
+import signal
 import string
 import sys
 import time
 import unicodedata
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -47,303 +59,34 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 import toy
-from crop import COLOURS, MAX_CROPS, MAX_RATIO, Box, parse_boxes, picture, to_rect, to_rgb
+from crop import COLOURS, MAX_CROPS, MAX_RATIO, Box, gather, picture, to_rect, to_rgb
 from rollout import FORMS, REGIONS, InputError, cached, direct, find, load, perceive, reason
 
+# No benchmark gives more than six options.
 LETTERS = "ABCDEF"
-
-
-# ---------------------------------------------------------------------------------------------
-# Examples
 
 
 @dataclass(frozen=True)
 class Example:
+    """One question about one image. Everything that trains or measures works on these."""
     image: Path
-    question: str         # with its options, as the model reads it
-    answer: str
-    answer_form: str = "free_form"
-    options: tuple = ()
+    question: str                    # with its options, as the model reads it
+    answer: str                      # the truth
+    answer_form: str = "free_form"   # or mca, an option's letter, or na, a number
+    options: tuple = ()              # their texts, without letters
     category: str = ""
-    rotation: str = ""    # HR-Bench asks each question four times, its options rotated
+    rotation: str = ""               # HR-Bench asks each question four times, its options rotated
     id: str = ""
-    boxes: tuple = ()     # of Box; only ever used to measure
-    size: tuple = dataclasses.field(default=(), compare=False)  # (width, height) of the image, from its header
+    boxes: tuple = ()                # of crop.Box: where the evidence is. Only ever used to measure
 
     def load_image(self):
         """The image at its original resolution, upright, as RGB. Raises InputError."""
         try:
-            with Image.open(self.image) as image:  # refuses "decompression bombs", above 179 million pixels
+            with Image.open(self.image) as image:
                 return to_rgb(image)
         except Exception as error:  # Pillow raises a dozen kinds for a broken file
-            raise InputError(f"cannot read the image {self.image} of example {self.id}: {error}") from error
-
-
-def inside(root, name):
-    """root / name, links resolved. Raises InputError if that leaves the folder `root`: data must not name files elsewhere.
-    (The files of a hub snapshot are links into its repository's folder, which counts as inside.)"""
-    path, top = (root / name).resolve(), root.resolve()
-    top = next((p.parent for p in (top, *top.parents) if p.name == "snapshots"), top)
-    if not path.is_relative_to(top):
-        raise InputError(f"the field 'image' names {name}, which lies outside {root}: give --images a folder that holds it")
-    return path
-
-
-COLUMNS = {  # a field of Example: the columns it is read from. The first that a row has wins; a dot goes inside.
-    "image": ("image", "images", "original_images", "image_path", "bytes"),
-    "question": ("question", "problem", "text", "prompt"),                          # prompt: chat messages (verl)
-    "answer": ("answer", "solution", "label", "reward_model.ground_truth", "ground_truth"),
-    "answer_form": ("answer_form", "extra_info.answer_form"),  # mca (option letter), na (number), free_form
-    "options": ("options", "multi-choice options"),            # a list of texts, or columns A, B, C, ...
-    "category": ("category", "data_source"),
-    "rotation": ("cycle_category",),
-    "id": ("id", "index", "question_id", "doc_id", "extra_info.index"),
-    "boxes": ("boxes",),  # [x1, y1, x2, y2], 0..1000: where the evidence is. Only to measure; no training code reads it
-}
-
-
-def load_data(spec, images=None, skip_bad=False, flag="--data"):
-    """A file, folder or hub id of questions -> list of Example; prints what was read.
-
-    Every row and every image header is checked now, before a model is loaded; pixels stay on disk.
-    images: the folder that relative paths start from; default: the data file's.
-    Raises InputError that names file, row and field; with skip_bad bad rows are left out and counted.
-    """
-    examples, bad, used = [], [], {}
-    for file in data_files(spec, flag):
-        unpacked = _unpack(file) if file.suffix in (".tsv", ".csv", ".parquet") else None
-        for number, row in tqdm(_rows(unpacked / "data.jsonl" if unpacked else file), f"checking {file.name}", delay=2, leave=False):
-            try:
-                examples.append(_example(row, Path(images) if images else file.parent, unpacked, number, used))
-            except InputError as error:
-                bad.append(f"{file}, {'line' if file.suffix == '.jsonl' else 'row'} {number}: {error}")
-                _need(skip_bad, bad[0])
-    _need(examples, f"{flag} {spec} holds no example; " + (f"the first bad row is {bad[0]}" if bad else "it is empty"))
-    print(f"read {len(examples):,} examples from {spec}: "
-          + ", ".join(f"{n:,} {form}" for form, n in Counter(e.answer_form for e in examples).items())
-          + "; columns " + ", ".join(f"{field} <- {column}" for field, column in used.items()))
-    if bad:
-        print(f"skipped {len(bad):,} bad rows; the first is {bad[0]}")
-    return examples
-
-
-def data_files(spec, flag="--data"):
-    """The data files that SPEC names: one, or the shards of one. Raises InputError where it is not clear which."""
-    path, known = find(spec, flag, "dataset"), (".jsonl", ".json", ".tsv", ".csv", ".parquet")
-    files = [path] if path.is_file() else [path / "data.jsonl"] if (path / "data.jsonl").is_file() else sorted(
-        f for f in path.rglob("*") if f.suffix in known and not f.relative_to(path).parts[0].startswith("."))
-    _need(files and files[0].suffix in known, f"{flag} {spec}: there is no {', '.join(known[:-1])} or {known[-1]} file")
-    _need(len({re.sub(r"-\d+-of-\d+$", "", str(f.with_suffix(""))) for f in files}) == 1, f"{flag} {spec} holds several data files: "
-          f"name one of them, as {spec}/" + f" or {spec}/".join(str(f.relative_to(path)) for f in files[:4] if f != path))
-    return files
-
-
-def _rows(file):
-    """(number, row) of every row of a data file; a line that is no JSON comes as its InputError."""
-    if file.suffix == ".jsonl":
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    try:
-                        yield number, json.loads(line)
-                    except (ValueError, RecursionError) as error:
-                        yield number, InputError(f"not a JSON object ({error})")
-    elif file.suffix == ".json":
-        try:
-            rows = json.loads(file.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{file} is not JSON ({error})") from error
-        _need(isinstance(rows, list), f"{file} must hold a JSON list of examples, not a {type(rows).__name__}")
-        yield from enumerate(rows, start=1)
-    elif file.suffix == ".parquet":
-        try:
-            from pyarrow import ArrowException, parquet
-        except ImportError as error:
-            raise InputError(f"reading {file} needs pyarrow: pip install -e \".[data]\"") from error
-        try:  # row by row, unbuffered; with images inside, Arrow still holds two row groups (the hub's have 100 rows)
-            batches = parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False).iter_batches(batch_size=1)
-            yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
-        except (ArrowException, OSError) as error:
-            raise InputError(f"{file} cannot be read as parquet: {error}") from error
-    else:
-        csv.field_size_limit(1 << 30)  # an image is one field
-        with file.open(newline="", encoding="utf-8-sig") as text:
-            try:
-                yield from enumerate(csv.DictReader(text, delimiter="\t" if file.suffix == ".tsv" else ","), start=1)
-            except (csv.Error, UnicodeDecodeError) as error:
-                raise InputError(f"{file} cannot be read as {file.suffix}: {error}") from error
-
-
-def _unpack(file):
-    """Write the rows of `file` as data.jsonl and the images inside it as files, once -> that folder, in the cache."""
-    def fill(folder):
-        rows, places = [], {}  # VLMEvalKit stores an image once; other rows hold the index of the row that has it
-        (folder / "images").mkdir()
-        for number, row in tqdm(_rows(file), f"unpacking {file.name}, once", delay=2, unit="row"):
-            for column in COLUMNS["image"]:
-                content = _content(row.get(column))
-                if isinstance(content, bytes):
-                    name = "images/" + hashlib.sha256(content).hexdigest()[:32]  # equal images are stored once
-                    (folder / name).write_bytes(content)
-                    row[column] = places[str(row.get("index"))] = {"unpacked": name}
-            rows.append(row)
-        with (folder / "data.jsonl").open("w") as out:
-            for row in rows:
-                row |= {c: places[row[c]] for c in COLUMNS["image"] if isinstance(row.get(c), str) and row[c] in places}
-                out.write(json.dumps(row, default=lambda value: f"({type(value).__name__})") + "\n")
-
-    key = f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}"
-    return cached("data-" + hashlib.sha256(key.encode()).hexdigest()[:16], fill)
-
-
-def _content(value):
-    """The encoded image inside a cell as bytes; any other cell as it is."""
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, str) and len(value) > 64 and "." not in value[:1000]:  # base64 has no dot; a path's extension has one
-        with contextlib.suppress(binascii.Error):
-            return base64.b64decode(re.sub(r"^data:[^,]*,|\s", "", value), validate=True)
-    return value
-
-
-def _given(value):
-    return value not in (None, "", []) and value == value  # not NaN, which pandas writes for what is missing
-
-
-def _need(fine, problem):
-    if not fine:
-        raise InputError(problem)
-
-
-def _example(row, root, unpacked, number, used):
-    """One raw row -> Example. Raises InputError that names the field. `used` collects {field: column}."""
-    _need(not isinstance(row, InputError), str(row))
-    _need(isinstance(row, dict), f"not a JSON object but a {type(row).__name__}")
-    fields = {}
-    for field, columns in COLUMNS.items():
-        for column in columns:
-            value = row
-            for key in column.split("."):
-                value = value.get(key) if isinstance(value, dict) else None
-            if _given(value) and field not in fields:
-                fields[field] = value
-                used.setdefault(field, column)
-    for field in ("image", "question", "answer"):
-        _need(field in fields, f"the field {field!r} is missing or empty; it is read from {' or '.join(COLUMNS[field])}")
-    question, answer, boxes = fields["question"], fields["answer"], fields.get("boxes", [])
-    if isinstance(question, list):  # chat messages: the text of what the user says
-        said = next((m.get("content") for m in question if isinstance(m, dict) and m.get("role") == "user"), None)
-        question = "".join(part.get("text") or "" for part in said) if isinstance(said, list) else said
-    _need(isinstance(question, str), f"the field 'question' must be text, not {str(question)[:80]!r}")
-    _need(isinstance(answer, str) or _is_number(answer), f"the field 'answer' must be text, not {str(answer)[:80]!r}")
-    answer = (answer_in(str(answer)) or str(answer)).strip()
-    _need(answer, "the field 'answer' is empty")
-
-    letters = [letter for letter in LETTERS if _given(row.get(letter))]
-    _need("".join(letters) == LETTERS[:len(letters)], f"the options {', '.join(letters)} are given, but not those between them")
-    options = [row[letter] for letter in letters] or fields.get("options", [])
-    if not options:
-        question, options = split_options(question)
-    _need(isinstance(options, list) and len(options) <= len(LETTERS) and all(isinstance(o, str) or _is_number(o) for o in options),
-          f"the field 'options' must be a list of at most {len(LETTERS)} texts, not {str(options)[:80]!r}")
-    question, options = clean_question(question), [str(option) for option in options]
-    _need(question, "the field 'question' is empty")
-    labels = [re.match(rf"\(?{letter}[).:]\s*", option) for letter, option in zip(LETTERS, options)]
-    if all(labels):  # "(A) red" -> "red"; the letter comes back below
-        options = [option[label.end():] for label, option in zip(labels, options)]
-    question = "\n".join([question, *(f"{letter}. {option}" for letter, option in zip(LETTERS, options))])
-
-    letter = option_letter(answer, options)
-    form = fields.get("answer_form", "mca" if options else "free_form")  # of a row that does not say
-    _need(isinstance(form, str) and form in FORMS, f"the field 'answer_form' must be one of {', '.join(FORMS)}, not {form!r}")
-    for fine, problem in ((form != "free_form" or plain_words(answer), "which holds no word to compare with"),
-                          (form != "mca" or letter, "which names no option" if options else "which names no option letter A to F"),
-                          (form != "mca" or not (options and letter) or letter in LETTERS[:len(options)], f"but there are only {len(options)} options"),
-                          (form != "na" or number_in(answer), "which is not a number")):
-        _need(fine, f"the field 'answer' is {answer!r}, {problem}")
-    _need(isinstance(boxes, list) and all(
-        isinstance(b, list) and len(b) == 4 and all(_is_number(v) and 0 <= v <= 1000 for v in b) and b[0] < b[2] and b[1] < b[3]
-        for b in boxes), f"the field 'boxes' must be a list of [x1, y1, x2, y2] between 0 and 1000, x1 < x2 and y1 < y2, not {boxes!r}")
-    path, size = _check_image(fields["image"], root, unpacked)
-    return Example(path, question, answer, form, tuple(options),
-                   str(fields.get("category", "")), str(fields.get("rotation", "")), str(fields.get("id", number)),
-                   tuple(Box(*map(float, b)) for b in boxes), size)
-
-
-def _check_image(value, root, unpacked):
-    """An image cell -> (its path, (width, height)). Raises InputError unless the header can be read and the path stays inside root."""
-    if isinstance(value, list):
-        _need(len(value) == 1, f"the field 'image' holds {len(value)} images; P2R asks about one")
-        value = value[0]
-    if unpacked and isinstance(value, dict) and "unpacked" in value:
-        path = unpacked / value["unpacked"]
-    else:
-        value = value.get("path") if isinstance(value, dict) else value
-        _need(isinstance(value, str) and len(value) < 1000, f"the field 'image' must be a path, not {str(value)[:80]!r}")
-        path = inside(root, value)
-    try:
-        with Image.open(path) as header:
-            (width, height), mode = header.size, header.mode
-    except FileNotFoundError as error:
-        archives = _archives(root)
-        raise InputError(f"the field 'image' names {path}, which does not exist; " + (
-            f"images may still be inside {', '.join(archives)}: unpack them, and say where with --images" if archives else
-            "--images says where paths start")) from error
-    except Exception as error:  # Pillow raises a dozen kinds for a broken file
-        raise InputError(f"the field 'image' names {path}, which cannot be read: {error}") from error
-    _need(max(width, height) <= MAX_RATIO * min(width, height), f"the field 'image' names {path}, which is {width} x {height}: "
-          f"Qwen3-VL takes images up to {MAX_RATIO} times as long as wide")
-    _need(mode != "F", f"the field 'image' names {path}, whose pixels are floating point numbers: convert it to 8 bits a channel")
-    return path, (width, height)
-
-
-@functools.cache
-def _archives(root):
-    """Archives in the image folder or beside it."""
-    found = [f for folder in (root, root.parent) if folder.is_dir() for f in sorted(folder.iterdir())]
-    return [f.name for f in found if f.suffix in (".zip", ".tar", ".tgz", ".gz", ".7z", ".rar")][:4]
-
-
-# What data sets add to a question to say how to answer, not what is asked. It contradicts our prompts. Matched against
-# whole sentences, and narrow: a question must never be lost to it.
-_INSTRUCTION = re.compile(r"""
-      .*(<think>|<answer>|<tool_call>|\\boxed|_tool\b|reasoning\ process|step\ by\ step).*
-    | (hint:\ )?(please\ |just\ |only\ |directly\ )*(answer|respond|reply|output)\b
-          .*\b(letter|option|options|choice|choices|word|phrase|directly|short|nothing|question)\b.*
-    | (please\ |only\ )*(select|choose|pick)\ (the|an?)\ ((best|correct|right|most\ appropriate)\ )?(answer|option|choice|letter)
-          ((,|\ from|\ to|\ among|\ of|\ based|\ below|\ above)\b.*)?
-    | (please\ |only\ )*(put|give|provide|write|return|output)\ (your|the)\ ((final|best|correct|right|chosen)\ )?(answer|option\ letter
-          |letter\ of\ the\ (correct|right|best|chosen)\ (answer|option|choice))\b.*
-    | (your|the)\ ((final|best|correct|right)\ )?(answer|response)\ (should|must)\b.*
-    | (your|the)\ (final|best|correct|right)\ answer(\ is)? | (options|choices|answer|the\ (options|choices)\ are(\ listed)?\ below)
-    """, re.IGNORECASE | re.DOTALL | re.VERBOSE)
-
-
-def clean_question(text):
-    """A data set's question without <image> tags and without sentences on how to answer.
-
-    A sentence that ends in a question mark always stays, and so does a text that would vanish.
-    """
-    text = re.sub(r"<image>|^\s*Question:", "", text).strip()
-    sentences = re.split(r"(?<=[.!?])(?=\s)|(?<=\n)", text)
-    kept = [s for s in sentences if s.strip().endswith("?") or not _INSTRUCTION.fullmatch(s.strip().rstrip(".:! "))]
-    return "".join(kept).strip() or text
-
-
-def split_options(question):
-    """Options written into a question as lines "(A) red", "B. blue" ... -> (question without them, options)."""
-    lines = question.split("\n")
-    found = [re.fullmatch(r"\s*\(?([A-Z])[).:]\s*(\S.*?)\s*", line) for line in lines]
-    letters = "".join(m[1] for m in found if m)
-    if len(letters) < 2 or letters != string.ascii_uppercase[:len(letters)]:
-        return question, []
-    return "\n".join(line for line, m in zip(lines, found) if not m).strip(), [m[2] for m in found if m]
-
-
-def _is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+            raise InputError(f"cannot read the image {self.image} of example {self.id} ({error}): "
+                             f"mend it, or go on with --skip-bad, which leaves it out") from error
 
 
 # ---------------------------------------------------------------------------------------------
@@ -351,140 +94,440 @@ def _is_number(value):
 
 
 class Score(NamedTuple):
+    """The verdict on one text."""
     reward: float         # 1.0 or 0.0
-    answered: bool        # False: no <answer>..</answer> in the text, which earns 0 and is counted
-    open: bool = False    # a free-form answer in other words than the truth: a judge may still accept it
+    answered: bool        # False: there is no <answer>..</answer> in the text
+    open: bool = False    # free-form, in other words than the truth: a judge may still accept it
     judged: bool = False  # a judge was asked
 
 
-def grade(pairs, judge=None, rule=None):
-    """(text, example) pairs -> a Score each. Training's reward and evaluation's verdict are this one function.
+def grade(pairs, judge=None, whole_text=False):
+    """(text, example) pairs -> a Score each. Training's reward and evaluation's verdict are this.
 
-    `rule` (default: score) decides alone, but for free-form answers in other words; those go to the
-    `judge` where there is one, all in one call, and are wrong where there is none.
+    `score` decides alone, but for free-form answers in other words than the truth: those go to the
+    judge, all in one call, and are wrong where there is none.
     """
     pairs = list(pairs)
-    scores = [(rule or score)(text, example) for text, example in pairs]
-    unsettled = [i for i, s in enumerate(scores) if s.open and judge]
-    if unsettled:
-        for i, yes in zip(unsettled, judge([(answer_in(pairs[i][0]), pairs[i][1]) for i in unsettled])):
-            scores[i] = Score(float(yes), True, judged=True)
+    scores = [score(text, example, whole_text) for text, example in pairs]
+
+    # The judge sees the answer alone, never the reasoning that led to it.
+    unsettled = [i for i, verdict in enumerate(scores) if verdict.open]
+    if judge and unsettled:
+        cases = [(answer_in(pairs[i][0], whole_text), pairs[i][1]) for i in unsettled]
+        for i, yes in zip(unsettled, judge(cases)):
+            scores[i] = Score(float(yes), scores[i].answered, judged=True)
     return scores
 
 
-def score(text, example):
-    """A Reasoner's text -> Score. Only what stands inside the last <answer>..</answer> counts.
+def score(text, example, whole_text=False):
+    """One text -> Score. What stands inside the last <answer>..</answer> counts, and nothing else.
 
-    (The authors score the whole text in training where the tags are missing, and call it wrong in evaluation.)
+    whole_text: a text without these tags is read as a whole. In the perception phase the frozen
+    Reasoner is read so, as the authors do: it cannot learn the tags, and the Perceiver should not
+    pay for them. The trained role and evaluation need the tags.
     """
-    answer = answer_in(text)
+    answer = answer_in(text, whole_text)
+    answered = answer_in(text) is not None
     if answer is None:
-        return Score(0.0, False)
+        return Score(0.0, answered)
+
+    # All or nothing: there is no partial credit for a format, a length or a near miss.
     right = correct(answer, example)
-    # What is longer than a short phrase, or would put control tokens into the judge's prompt, is wrong unasked.
+
+    # A judge is only asked about a short phrase. One that is long, or that would put control tokens
+    # into the judge's prompt, is wrong unasked.
     short = 0 < len(answer.split()) <= 20 and len(answer) <= 200 and "<|" not in answer
-    return Score(float(right), True, open=short and not right and example.answer_form == "free_form")
+    is_open = example.answer_form == "free_form" and short and not right
+    return Score(float(right), answered, open=is_open)
 
 
-def answer_in(text):
-    """What stands inside the last <answer>..</answer>, or None."""
-    found = re.findall(r"<answer>((?:(?!</?answer>).)*)</answer>", text, re.DOTALL)
-    return found[-1].strip() if found else None
+def answer_in(text, whole_text=False):
+    """What stands inside the last closed <answer>..</answer>, or None.
+
+    With whole_text a text without these tags is an answer itself, but for its <think>..</think>.
+    """
+    # Two searches from the end: linear, however many tags a text may hold.
+    end = text.rfind("</answer>")
+    start = text.rfind("<answer>", 0, max(end, 0))
+    if start >= 0:
+        return text[start + len("<answer>"):].partition("</answer>")[0].strip()
+    if whole_text:
+        return text.rpartition("</think>")[2].replace("<answer>", "").strip()
+    return None
 
 
 def correct(answer, example):
-    """Is this answer the example's answer, word for word, number for number, letter for letter?"""
+    """Is this answer the example's: the same letter, the same number, or the same words?"""
+    # The truth is read by the same rule as the answer, so "(B)" and "B. blue" are truths, too.
     if example.answer_form == "mca":
         letter = option_letter(answer, example.options)
         return letter is not None and letter == option_letter(example.answer, example.options)
     if example.answer_form == "na":
         return same_number(answer, example.answer)
-    _need(example.answer_form == "free_form", f"the answer form {example.answer_form!r} of example {example.id} is unknown")
-    return plain_words(answer) == plain_words(example.answer) != ""
+    if example.answer_form != "free_form":
+        raise InputError(f"example {example.id}: {example.answer_form!r} is no answer form")
+    words = plain_words(answer)
+    return bool(words) and without_article(words) == without_article(plain_words(example.answer))
 
 
-_PREFIX = re.compile(r"(?:(?:so|thus|therefore|hence),?\s)?(?:(?:(?:the|my)\s)?(?:(?:final|correct|right|best)\s)?"
-                     r"(?:answer|option|choice|letter)(?:\s(?:is|should\sbe))?\s?:?\s?){1,2}(?=\S)", re.IGNORECASE)
+# ---------------------------------------------------------------------------------------------
+# Asking a model
+
+MODES = ("p2r", "think", "direct", "oracle")
+
+# So many batches are asked, then handed out: a run that is killed loses no more.
+CHUNK = 4
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a model is asked. The defaults are the authors' evaluation."""
+    # How the model is asked
+    mode: str = "p2r"             # p2r: two stages; think or direct: think and answer, or answer at
+                                  # once, on the plain image; oracle: reason with the true boxes
+    evidence: str = "both"        # what the Reasoner sees: both, annotated, crops or none
+    max_pixels: int = 4_194_304   # pixel budget of every image the model sees, crops too
+    perceive_tokens: int = 256    # longest Perceiver response
+    reason_tokens: int = 1024     # longest Reasoner response
+    penalty: float = 1.05         # repetition penalty; 1: none
+    batch: int = 8                # questions asked together
+
+    def check(self):
+        """Raises InputError for the first setting that cannot work."""
+        need(self.mode in MODES, f"--mode {self.mode} is not one of {', '.join(MODES)}")
+        need(self.evidence in REGIONS,
+             f"--evidence {self.evidence} is not one of {', '.join(REGIONS)}")
+        for name in ("max_pixels", "perceive_tokens", "reason_tokens", "penalty", "batch"):
+            value = getattr(self, name)
+            need(0 < value < math.inf, f"--{name.replace('_', '-')} {value} must be more than 0")
+
+
+def ask(model, codec, examples, protocol, judge=None):
+    """Yields a record, a dict ready for JSON, for each Example. Greedy, so deterministic.
+
+    boxes are the Perceiver's (or, in mode "oracle", the true ones), perceived and reasoned the two
+    texts; parsable is None where no boxes were asked for.
+    """
+    limits = dict(greedy=True, rows=protocol.batch, penalty=protocol.penalty)
+    size = CHUNK * protocol.batch
+    for start in range(0, len(examples), size):
+        chunk = examples[start:start + size]
+
+        # 1. Boxes: the Perceiver's, the true ones, or none.
+        looks = [None] * len(chunk)
+        boxes = [()] * len(chunk)
+        if protocol.mode == "oracle":
+            boxes = [example.boxes for example in chunk]
+        elif protocol.mode == "p2r":
+            groups = perceive(model, codec, chunk, max_tokens=protocol.perceive_tokens, **limits)
+            looks = [group.completions[0] for group in groups]
+            boxes = [look.parsed.boxes for look in looks]
+
+        # 2. The answer. In mode direct the whole text is it, unless the model is used to tags.
+        if protocol.mode == "direct":
+            groups = direct(model, codec, chunk, max_tokens=protocol.reason_tokens, **limits)
+        else:
+            groups = reason(model, codec, list(zip(chunk, boxes)), protocol.evidence,
+                            max_tokens=protocol.reason_tokens, **limits)
+        texts = []
+        for group in groups:
+            text = group.completions[0].text
+            if protocol.mode == "direct" and answer_in(text) is None:
+                text = f"<answer>{text}</answer>"
+            texts.append(text)
+
+        # 3. The verdict, and all that is needed to look into it later.
+        scores = grade(zip(texts, chunk), judge)
+        for example, look, found, text, verdict in zip(chunk, looks, boxes, texts, scores):
+            record = {name: getattr(example, name) for name in
+                      ("id", "category", "rotation", "question", "answer", "answer_form")}
+            yield record | {
+                "image": str(example.image), "options": list(example.options),
+                "boxes": [list(box) for box in found],
+                "parsable": look and look.parsed.parsable, "perceived": look and look.text,
+                "reasoned": text, "reward": verdict.reward, "answered": verdict.answered,
+                "judged": verdict.judged}
+
+
+# ---------------------------------------------------------------------------------------------
+# Accuracy
+
+
+def hits(boxes, example):
+    """Is the centre of every true box inside one of the predicted boxes that are cropped?"""
+    # The centre, not the overlap: a crop that holds the thing is enough, however large it is.
+    for true in example.boxes:
+        x, y = (true.x1 + true.x2) / 2, (true.y1 + true.y2) / 2
+        if not any(b[0] <= x <= b[2] and b[1] <= y <= b[3] for b in boxes[:MAX_CROPS]):
+            return False
+    return True
+
+
+def evaluate(model, codec, examples, protocol, judge=None):
+    """Accuracy of one model in both roles, for training's report: fractions, None of nothing.
+
+    p2r     perceive, crop, reason: the method
+    hit     the boxes contain the centres of all true boxes (needs `boxes`)
+    plain   reason on the plain image, without boxes: the baseline
+    oracle  reason with the true boxes: what the Reasoner could do with a perfect Perceiver
+    n       number of examples; unparsable, unanswered: shares of the p2r outputs
+    categories: {category: [p2r, plain]}
+    """
+    # The same questions three times; the true boxes only where there are any.
+    boxed = [example for example in examples if example.boxes]
+    asked = {}
+    for mode, some in (("p2r", examples), ("think", examples), ("oracle", boxed)):
+        records = ask(model, codec, some, dataclasses.replace(protocol, mode=mode), judge)
+        asked[mode] = list(tqdm(records, f"eval {mode}", total=len(some), leave=False, unit="q",
+                                  disable=None))
+
+    # By category: the method and the baseline side by side.
+    categories = {}
+    for category in sorted({example.category for example in examples}):
+        categories[category] = []
+        for mode in ("p2r", "think"):
+            rewards = [r["reward"] for r in asked[mode] if r["category"] == category]
+            categories[category].append(mean(rewards))
+
+    # All fractions are of the examples asked; "hit" only of those with true boxes.
+    pairs = zip(asked["p2r"], examples)
+    return {
+        "p2r": mean(r["reward"] for r in asked["p2r"]),
+        "hit": mean(hits(r["boxes"], example) for r, example in pairs if example.boxes),
+        "plain": mean(r["reward"] for r in asked["think"]),
+        "oracle": mean(r["reward"] for r in asked["oracle"]),
+        "n": len(examples),
+        "unparsable": mean(not r["parsable"] for r in asked["p2r"]),
+        "unanswered": mean(not r["answered"] for r in asked["p2r"]),
+        "categories": categories,
+    }
+
+
+def print_accuracy(columns):
+    """Print (title, result of `evaluate`) pairs as a small table, one column each."""
+    last = columns[-1][1]
+    heads = "".join(f"{title:>10}" for title, _ in columns)
+    print(f"\n{'held-out, n = ' + str(last['n']):52}{heads}")
+    for name, text in (("p2r", "perceive, then reason"),
+                       ("hit", "the boxes hold all that was asked about"),
+                       ("plain", "reason on the plain image"),
+                       ("oracle", "reason with the true boxes")):
+        values = [result[name] for _, result in columns]
+        cells = ["-" if value is None else f"{value:.3f}" for value in values]
+        print(f"{name:7}{text:45}" + "".join(f"{cell:>10}" for cell in cells))
+
+    # Kinds of questions, where there is more than one.
+    if len(last["categories"]) > 1:
+        for kind in last["categories"]:
+            cells = [f"{result['categories'][kind][0]:10.3f}" for _, result in columns]
+            print(f"{'':7}{'p2r, ' + kind:45}" + "".join(cells))
+
+
+def mean(values):
+    """The mean of some numbers as a float, or None of none at all."""
+    values = [float(value) for value in values]
+    return sum(values) / len(values) if values else None
+
+
+# ---------------------------------------------------------------------------------------------
+# From here on: what the method needs but does not explain. Skip it on a first reading.
+#
+# How a letter, a number and words are read
+
+# In characters. A longer text is an essay, which is not read for a letter or a number. It also
+# bounds the time that any pattern below can take.
+LONGEST = 1000
+
+# With these an answer takes itself back, or keeps a second way open. It earns nothing.
+DOUBT = re.compile(
+    r"\b(?:not|nor|neither|none|never|or|either|maybe|perhaps|possibly|might|may|could|cannot"
+    r"|unsure|unclear|unlikely|unknown|doubt|wrong|incorrect|wait|except|instead|rather|but"
+    r"|no(?!\.? ?\d))\b|n't\b|n/a\b|\bn\.a\b|[?不非]", re.IGNORECASE)
+
+# A letter names an option where it comes first, in brackets or after one of a few words, and where
+# then the text ends or pauses. "A blue car" and "vitamin C" name nothing.
+CUE = (r"^\W*|[(:,;=是为选项案]\s*|(?i:\b(?:is|be|it's|say|with|choose|pick|select|option|answer"
+       r"|ans|choice|letter|so|therefore|thus|hence|definitely|clearly|surely|probably)\W{1,3})")
+PAUSE = r"\s*(?:[).:,;!=>·。]|'(?!\w)|$|(?:because|since|as|is|and|or)\b)|\s-|-\s"
+NAMED = re.compile(rf"(?:{CUE})([A-F](?!\.\w\.)(?={PAUSE})|[a-f](?=[).:,;!]+(?:\s|$)|$))")
+
+# Any other capital that stands alone is only mentioned. "A cat" mentions no letter.
+MENTIONED = re.compile(r"(?<![\w°'])(?:A(?!\s\w)|[B-F])(?![\w'])")
 
 
 def option_letter(text, options=()):
-    """The one option letter A..F that a text names, or None.
+    """The one option A..F that a text names, by its letter or in the option's own words, or None.
 
-    Accepts "C", "c", "(C)", "C.", "C. blue", "**C**", "The answer is C", "C is correct" and the full text of an
-    option. Refuses "A or B", "Apple", "A blue car", "", letters somewhere in a sentence, essays, and
-    a letter before the text of another option.
+    All that the text names must be the same option, and no word of doubt may be left beside it:
+    "D", "(d) blue", "The answer is D.", "It is blue" and "blue (D)" are read; "B or C", "not A",
+    "A blue" (another option's text), an essay and what names nothing are refused.
     """
-    text = re.sub(r"\s*\n\s*", ". ", unicodedata.normalize("NFKC", text).strip())
-    bare = " ".join(re.sub(r"\\boxed|\\text|[*`$#<>\"\u201c\u201d\\{}\[\]]", " ", text).split()).strip(" .,'\u3002")
-    bare = re.sub(r"^\(\s?(\w)\s?\)", r"(\1)", _PREFIX.sub("", bare, count=1) if _PREFIX.match(bare) else bare)
-    if re.fullmatch(r"\(?[A-Fa-f]\)?[.:]?", bare):
-        return bare.strip("().:").upper()
-    texts = {letter: plain_words(option) for letter, option in zip(LETTERS, options)}
-    found = re.fullmatch(r"(\(?)([A-Fa-f])\b(.*)", bare)
-    if found:
-        letter, rest = found[2].upper(), found[3]
-        marked = re.match(r"(\)[.:]?|[.:]+)(?=\s)" if found[1] else r"([).:]+|\s[-:\u2013\u2014])(?=\s)", rest)
-        tail = rest[marked.end():] if marked else rest
-        words = plain_words(tail)
-        if words == texts.get(letter) or re.fullmatch(r"is (the )?(correct|right|best)( (answer|option|choice))?|is the answer", words):
-            return letter                                      # "C. green" and "C green": its own option; "C is correct"
-    if not re.match(r"\(?\w[).:]", bare):                       # an option's own text, with no letter before it
-        named = [letter for letter, words in texts.items() if words and words in (plain_words(text), plain_words(bare))]
-        if len(named) == 1:
-            return named[0]
-    if not found or not marked:                                # a sentence; "A blue car"
+    if len(text) > LONGEST:
         return None
-    if words in texts.values() or len(words.split()) > 10:     # "B. green", the text of another option; an essay
+    text = undressed(text)
+    texts = [plain_words(undressed(option)) for option in options]
+    texts = dict(zip(LETTERS, texts))
+
+    # 1. An option's own text and nothing else, with or without its letter.
+    said, own = plain_words(text), []
+    for letter, words in texts.items():
+        if said in (words, f"{letter.lower()} {words}"):
+            own.append(letter)
+    if len(own) == 1 and len(said) > 1 and "?" not in text:
+        return own[0]
+
+    # 2. Options' own words anywhere. They are set aside, the longest first: "red and blue" is not
+    #    "red", and what they say raises no doubt. (A letter as an option's text is still a letter.)
+    named = set()
+    for letter, words in sorted(texts.items(), key=lambda pair: -len(pair[1])):
+        core = without_article(words)
+        if words and words.upper() not in LETTERS and list(texts.values()).count(words) == 1:
+            phrase = r"\W+".join(re.escape(word) for word in core.split())
+            if core != words:
+                phrase = rf"(?:{words.split()[0]}\W+)?{phrase}"
+            phrase = rf"(?<![\w+-])(?<!\d[.,]){phrase}(?![\w%]|-\w|[.,:/]\d)"
+            text, times = re.subn(phrase, "·", text, flags=re.IGNORECASE)
+            if times:
+                named.add(letter)
+
+    # 3. Letters. One that is only mentioned names nothing, but must not contradict.
+    for match in NAMED.finditer(text):
+        named.add(match[1].upper())
+    mentioned = set(MENTIONED.findall(text))
+
+    # 4. What is left must be short: in an essay some option is always named by chance.
+    if len(named) != 1 or mentioned - named or DOUBT.search(text) or len(text.split()) > 25:
         return None
-    tokens = re.sub(r"^A(?=\s[a-z])", "", tail.strip()).split()
-    if tokens[0].lower() in ("or", "and", "&", "/") or any(t.strip("().,:;") in (*"ABCDEF", *"bcdef") for t in tokens):
-        return None                                            # "A. or B."; but "B. A cat" is fine
-    return letter
+    return named.pop()
 
 
-_NUMBER = re.compile(r"(?<![\w,/])(?<!\d\.)([-+]?)[$\u20ac\u00a3]?((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(e[-+]?\d{1,2}\b)?"
-                     r"(?:\s?/\s?(\d+))?(?![\d/_]|[.,]\d)\s?(%|percent\b)?(thousand\b|million\b|billion\b)?", re.IGNORECASE)
-_NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
-_POWERS = {"thousand": 10**3, "million": 10**6, "billion": 10**9}
+# Bigger number words are left out: "twenty-one" would need a grammar, and is refused instead.
+WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+POWERS = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9}
+
+# Digits with what may belong to them. What stands directly before and behind must not make another
+# number of it: not a time, a date, a range, a power, a version, a name such as x5.
+NUMBER = re.compile(rf"""
+    (?<![\w,/:^])(?<!\d\.)(?<!-\ )                                     # not inside something else
+    (?P<sign>[-+]?)[€£]?
+    (?P<digits>\d{{1,3}}(?:,\d{{3}})+(?:\.\d+)?|\d{{1,3}}(?:\ \d{{3}})+|\d+(?:\.\d+)?|\.\d+)
+    (?P<exponent>e[-+]?\d{{1,2}}\b)?
+    (?:\ (?P<over>\d+)/(?P<under>\d+)|\ ?/\ ?(?P<below>\d+))?          # 3 1/2, or 1/2
+    (?![\d/_^+]|[.,:]\d|(?-i:\ ?[kKMB]\b))                             # not 12:30, 10^2, 3+, 3k
+    \ ?(?P<percent>%|percent\b)?(?P<powers>(?:\ ?(?:{"|".join(POWERS)})s?\b)*)
+    """, re.IGNORECASE | re.VERBOSE)
+
+# Limits, and words of numbers that are not read: half a number must not be taken for the whole.
+NO_NUMBER = re.compile(
+    r"[<>≤≥]|\b(?:less|more|fewer|least|most|up to|over|under|almost|nearly|than|half|quarter"
+    r"|third|\w+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty)\b", re.IGNORECASE)
 
 
 def number_in(text):
-    """The one number of a text as (exact Fraction, has a percent sign), or None for none or several.
+    """The one number of a text as (exact Fraction, has a percent sign), or None.
 
-    "1,200 m", "1200.0", "-2.5", "3/4", "75%", "1.5e3", "$5", "2 million", and "three people": zero to twelve as words.
+    "1,200 m", "10 000", "-2.5", "3/4", "3½", "75%", "1.5e3", "$5", "2 million", "three people".
+    None for no number, several, a range, a limit ("at least 3") and a word of doubt.
     """
-    text = re.sub("[\u2212\u2013]", "-", text)
-    first = re.match(r"(?:there (?:is|are) )?(\w+)", plain_words(text))
-    if first and first[1] in _NUMBER_WORDS and sum(word in _NUMBER_WORDS for word in plain_words(text).split()) == 1 \
-            and not re.search(r"\d", text):
-        return Fraction(_NUMBER_WORDS.index(first[1])), False
-    found = list(_NUMBER.finditer(text))
+    text = undressed(text) if len(text) <= LONGEST else ""
+    if DOUBT.search(text) or NO_NUMBER.search(text):
+        return None
+
+    # Words become digits. "One" is a number at the start or after a few words; else ("the red one")
+    # it stands for a thing.
+    text = re.sub(r"\b(?:minus|negative) ", "-", text, flags=re.IGNORECASE)
+    text = re.sub(r"(^|\b(?:is|are|only|just|exactly) )one\b", r"\g<1>1", text, flags=re.IGNORECASE)
+    for value, word in enumerate(WORDS):
+        if word != "one":
+            text = re.sub(rf"\b{word}\b", str(value), text, flags=re.IGNORECASE)
+
+    # Exactly one number, and no digit before it. (After it there may be one, as in "5 m2".)
+    found = list(NUMBER.finditer(text))
     if len(found) != 1 or re.search(r"\d", text[:found[0].start()]):
         return None
-    sign, digits, exponent, below, percent, power = found[0].groups()
-    if below and not int(below):
+
+    # A whole number with a fraction behind it is a sum, a fraction alone a quotient. Both are kept
+    # exactly, so no rounding decides: 0.1 and 1/10 are one number.
+    part = found[0].groupdict()
+    below = int(part["below"] or part["under"] or 1)
+    if below == 0:
         return None
-    value = Fraction(f"{sign}{digits.replace(',', '')}{exponent or ''}") * _POWERS.get((power or "").lower(), 1)
-    return value / int(below or 1), bool(percent)
+    value = Fraction(re.sub("[, ]", "", part["digits"]) + (part["exponent"] or ""))
+    value = value / below if part["below"] else value + Fraction(int(part["over"] or 0), below)
+
+    # "Three hundred thousand": each word multiplies.
+    for power in part["powers"].lower().split():
+        value *= POWERS[power.removesuffix("s")]
+    return (-value if part["sign"] == "-" else value), bool(part["percent"])
 
 
 def same_number(answer, truth):
-    """Whole numbers exactly, others to one part in a million. 75% is 0.75; where only one of the two has the sign, also 75."""
+    """Whole numbers exactly, others to one part in a million."""
     a, b = number_in(answer), number_in(truth)
     if a is None or b is None:
         return False
-    readings = [[n, n / 100] if percent and not other[1] else [n] for (n, percent), other in ((a, b), (b, a))]
-    return any(x == y or (x.denominator * y.denominator > 1 and abs(x - y) <= abs(y) / 10**6)
-               for x in readings[0] for y in readings[1])
+    (x, x_percent), (y, y_percent) = a, b
+
+    # 75% is 0.75; where only one of the two has the sign, it may also be meant as 75.
+    pairs = [(x, y)]
+    if x_percent and not y_percent:
+        pairs.append((x / 100, y))
+    if y_percent and not x_percent:
+        pairs.append((x, y / 100))
+    for x, y in pairs:
+        whole = x.denominator == y.denominator == 1
+        if x == y or (not whole and abs(x - y) <= abs(y) / 10**6):
+            return True
+    return False
+
+
+def undressed(text):
+    """An answer on one line without LaTeX, HTML, markdown and quotes; fractions as 1/2."""
+    # A bullet is not a minus. A small 2 above the line must not become a digit of the number before
+    # it, nor ½: 10² is not 102, and 3½ not 31/2.
+    text = re.sub(r"^\s*[-•]\s+", "", text)
+    text = re.sub("[¹²³⁰⁴-⁹]+", "^", text)
+    text = re.sub("([¼-¾⅐-⅞])", r" \1", text)
+
+    # One form for characters that look alike: wide letters, dashes, spaces of all kinds.
+    text = unicodedata.normalize("NFKC", text).translate(str.maketrans("’⁄−–—", "'/---"))
+
+    # Markup goes. Dollars too: they stand around LaTeX more often than before money.
+    text = re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r" \1/\2", text)
+    text = re.sub(r"</?[a-z][^<>]{0,80}>|\\(?:boxed|text\w*|math\w*|left|right)|__", " ", text)
+    text = re.sub(r'[*`#"“”{}\[\]\\|]', " ", text.replace("$", ""))
+
+    # A new line is a pause.
+    return " ".join(re.sub(r"\s*[\n\r]\s*", "; ", text.strip()).split())
+
+
+# Punctuation that never belongs to a word. $ + - % and the dot may: "-5", "$5", "C++", ".5".
+MARKS = "!\"#&'()*,/:;<=>?@[\\]^_`{|}~“”‘’«»…。、·¿¡—–"
 
 
 def plain_words(text):
-    """Lower case, one form of each character, no punctuation around words, extra spaces or leading article."""
-    words = unicodedata.normalize("NFKC", text).casefold().split()
-    words = [bare for w in words if (bare := re.sub(r"^(?!\.\d)[^\w\s$\u20ac\u00a3+%-]+|[^\w\s%+]+$", "", w))]
-    article = len(words) > 1 and words[0] in ("a", "an", "the") and words[1][0].isalpha()
-    return " ".join(words[article:])
+    """Lower case, one form of each character, no punctuation around words, single spaces."""
+    # Character by character from both ends, not by a pattern: linear in the length of any text.
+    words = []
+    for word in unicodedata.normalize("NFKC", text).casefold().split():
+        word = word.rstrip(MARKS + "$-.")
+        bare = word.lstrip(MARKS + ".")
 
+        # A decimal point is no punctuation: ".5" is not "5".
+        if bare[:1].isdigit() and word.endswith("." + bare):
+            bare = "." + bare
+        words.append(bare)
+    return " ".join(word for word in words if word)
+
+
+def without_article(words):
+    """Plain words without a leading article, unless that is all or stands before a number."""
+    article, _, rest = words.partition(" ")
+    return rest if article in ("a", "an", "the") and rest[:1].isalpha() else words
+
+
+# ---------------------------------------------------------------------------------------------
+# The judge
 
 JUDGE = """Question: {question}
 Correct answer: {truth}
@@ -494,366 +537,862 @@ Does the given answer mean the same as the correct answer? Reply with Yes or No.
 
 
 class Judge:
-    """A frozen language model that says whether an answer in other words is right. Text only, greedy.
+    """A frozen language model that says whether an answer in other words is right. Text only.
 
-    It is asked for Yes or No, and the verdict is whichever is more likely as the first token: one forward
-    for a batch of answers. In training the default is the frozen copy that is in memory anyway;
-    the paper uses a separate verifier (`--judge MODEL`).
+    The verdict is whichever of Yes and No is more likely as its first token: one forward for a
+    batch of answers. In training the default is the frozen copy, which is in memory anyway; the
+    paper uses a separate verifier (`--judge MODEL`).
     """
 
     def __init__(self, model, tokenizer, batch=32):
         self.model, self.tokenizer, self.batch = model, tokenizer, batch
-        self.yes, self.no = (tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in ("Yes", "No"))
-        if self.yes == self.no:
-            raise InputError("--judge: Yes and No begin with the same token in this model's vocabulary; choose another")
+
+        # Only the first token of a reply is looked at, so there the two must differ.
+        self.yes, self.no = (self.tokens(word)[0] for word in ("Yes", "No"))
+        need(self.yes != self.no, "--judge: Yes and No begin with the same token of this model's "
+                                  "vocabulary; choose another")
 
     @classmethod
     def load(cls, name, device):
         """A hub id or folder of a chat model, text or vision -> Judge. Raises InputError."""
         folder = find(name, "--judge")
+
+        # Safetensors only and no code of the repository's own: a judge is somebody else's file.
+        safe = {"trust_remote_code": False}
         try:
-            vision = hasattr(transformers.AutoConfig.from_pretrained(folder), "vision_config")
-            kind = transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
-            model = kind.from_pretrained(folder, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+            config = transformers.AutoConfig.from_pretrained(folder, **safe)
+            kind = transformers.AutoModelForCausalLM
+            if hasattr(config, "vision_config"):
+                kind = transformers.AutoModelForImageTextToText
+            dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+            model = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, **safe)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **safe)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise InputError(f"--judge {name} cannot be loaded: {' '.join(str(error).split())}") from error
-        if tokenizer.chat_template is None:
-            raise InputError(f"--judge {name} has no chat template: choose an instruction-tuned model")
+            problem = " ".join(str(error).split())
+            raise InputError(f"--judge {name} cannot be loaded: {problem}") from error
+        need(tokenizer.chat_template, f"--judge {name} has no chat template: choose an instruction-"
+                                      f"tuned model")
         return cls(model.to(device).eval().requires_grad_(False), tokenizer)
+
+    def tokens(self, text):
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     @torch.no_grad()
     def __call__(self, cases):
         """(answer, example) pairs -> a bool each."""
         verdicts = []
         for start in range(0, len(cases), self.batch):
-            texts = [self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": JUDGE.format(question=e.question, truth=e.answer, given=" ".join(answer.split()))}],
-                tokenize=False, add_generation_prompt=True, enable_thinking=False) for answer, e in cases[start:start + self.batch]]
-            rows = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-            width = max(map(len, rows))
-            ids = torch.tensor([[self.no] * (width - len(r)) + r for r in rows], device=self.model.device)        # (B, P)
-            mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=self.model.device)  # (B, P)
-            logits = self.model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-                                use_cache=False, logits_to_keep=1).logits[:, -1]                                  # (B, V)
+            # White space in an answer is flattened: it could imitate the lines of the prompt.
+            rows = []
+            for answer, example in cases[start:start + self.batch]:
+                text = JUDGE.format(question=example.question, truth=example.answer,
+                                    given=" ".join(answer.split()))
+                rows.append(self.tokens(self.tokenizer.apply_chat_template(
+                    [{"role": "user", "content": text}], tokenize=False,
+                    add_generation_prompt=True, enable_thinking=False)))
+
+            # Padded on the left, so that the last column is every row's last token; positions
+            # count from its first.
+            width = max(len(row) for row in rows)
+            pads = [width - len(row) for row in rows]
+            ids = torch.tensor([[self.no] * pad + row for pad, row in zip(pads, rows)])    # (B, P)
+            mask = torch.arange(width)[None] >= torch.tensor(pads)[:, None]                # (B, P)
+            ids, mask = ids.to(self.model.device), mask.long().to(self.model.device)
+            positions = (mask.cumsum(1) - 1).clamp(min=0)                                  # (B, P)
+            logits = self.model(input_ids=ids, attention_mask=mask, position_ids=positions,
+                                use_cache=False, logits_to_keep=1).logits[:, -1]           # (B, V)
             verdicts += (logits[:, self.yes] > logits[:, self.no]).tolist()
         return verdicts
 
 
+def need(fine, problem):
+    """Raises InputError with this sentence unless `fine`."""
+    if not fine:
+        raise InputError(problem)
+
+
 # ---------------------------------------------------------------------------------------------
-# Asking a model
+# Data files. SPEC is a file, a folder that holds one, or a hub id (owner/name, owner/name/file).
+
+SUFFIXES = (".jsonl", ".json", ".tsv", ".csv", ".parquet")
+
+# A field of Example: the columns it is read from. The first that a row has wins, so our own names
+# come before those of the data sets that are known.
+COLUMNS = {
+    "image": ("image", "images", "original_images", "image_path", "bytes"),
+    "question": ("question", "problem", "text", "prompt"),            # prompt: chat messages (verl)
+    "answer": ("answer", "solution", "label", "reward_model.ground_truth", "ground_truth"),
+    "answer_form": ("answer_form", "extra_info.answer_form"),
+    "options": ("options", "multi-choice options"),                   # or columns A, B, C, ...
+    "category": ("category", "data_source"),
+    "rotation": ("cycle_category",),
+    "id": ("id", "index", "question_id", "doc_id", "extra_info.index"),
+    "boxes": ("boxes",),  # [x1, y1, x2, y2], 0..1000. Only to measure; no training code reads it
+}
 
 
-def setting(default, group, text, choices=None):
-    return dataclasses.field(default=default, metadata={"group": group, "help": text, "choices": choices})
+def load_data(spec, images=None, skip_bad=False, flag="--data"):
+    """A file, folder or hub id of questions -> list of Example; prints what was read.
 
-
-def add_flags(parser, settings):
-    """One flag for every field of a dataclass made of `setting`s; only flags that are given come back."""
-    groups = {}
-    for field in dataclasses.fields(settings):
-        group, kind = field.metadata["group"], {"action": argparse.BooleanOptionalAction} if field.type is bool else {
-            "type": field.type, "choices": field.metadata["choices"]}
-        groups.setdefault(group, parser.add_argument_group(group)).add_argument(
-            "--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, **kind,
-            help=f"{field.metadata['help']} (default: {'none' if field.default == '' else field.default})".replace("%", "%%"))
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How a model is asked. The defaults are the authors' evaluation."""
-    mode: str = setting("p2r", "protocol", "two stages; think and answer on the plain image; answer at once on the plain image; "
-                        "reason with the data's true boxes", ("p2r", "think", "direct", "oracle"))
-    evidence: str = setting("both", "protocol", "what the Reasoner sees of the boxes", tuple(REGIONS))
-    max_boxes: int = setting(0, "protocol", "use only so many of the boxes; 0: all (three are cropped)")
-    max_pixels: int = setting(4_194_304, "protocol", "pixel budget of every image the model sees, crops too")
-    min_pixels: int = setting(16_384, "protocol", "smaller images are scaled up to this")
-    perceive_tokens: int = setting(256, "protocol", "longest Perceiver response")
-    reason_tokens: int = setting(1024, "protocol", "longest Reasoner response")
-    penalty: float = setting(1.05, "protocol", "repetition penalty; 1: none")
-    batch: int = setting(8, "protocol", "questions asked together")
-
-    def check(self):
-        """Raises InputError for the first setting that cannot work."""
-        for name in ("perceive_tokens", "reason_tokens", "penalty", "batch"):
-            _need(getattr(self, name) > 0, f"--{name.replace('_', '-')} {getattr(self, name)} must be more than 0")
-
-
-def ask(model, codec, examples, how, judge=None):
-    """Yields a record, a dict ready for JSON, for each Example. Greedy, so deterministic.
-
-    boxes are the Perceiver's (or, in mode "oracle", the true ones), perceived and reasoned the two texts.
+    Every row and every image header is checked now, before a model is loaded; pixels stay on disk.
+    images: the folder that relative paths start from; default: the data file's.
+    Raises InputError that names file, row and field. With skip_bad bad rows are left out and
+    counted, and every image is read to its end, which may be missing.
     """
-    limits = dict(greedy=True, batch=how.batch, penalty=how.penalty)
-    for start in range(0, len(examples), 4 * how.batch):  # a killed run loses no more than this
-        chunk = examples[start:start + 4 * how.batch]
-        perceived, parsed = [None] * len(chunk), [None] * len(chunk)
-        boxes = [e.boxes if how.mode == "oracle" else () for e in chunk]
-        if how.mode == "p2r":
-            perceived = [g.completions[0].text for g in perceive(model, codec, chunk, max_tokens=how.perceive_tokens, **limits)]
-            parsed = [parse_boxes(text) for text in perceived]
-            boxes = [p.boxes[:how.max_boxes or None] for p in parsed]
-        groups = direct(model, codec, chunk, max_tokens=how.reason_tokens, **limits) if how.mode == "direct" else \
-            reason(model, codec, list(zip(chunk, boxes)), how.evidence, max_tokens=how.reason_tokens, **limits)
-        texts = [g.completions[0].text for g in groups]
-        if how.mode == "direct":  # the whole text is the answer, unless the model is used to tags
-            texts = [f"<answer>{text}</answer>" if answer_in(text) is None else text for text in texts]
-        scores = grade(zip(texts, chunk), judge)
-        for e, text, seen, p, found, s in zip(chunk, texts, perceived, parsed, boxes, scores):
-            yield {"id": e.id, "category": e.category, "rotation": e.rotation, "image": str(e.image), "question": e.question,
-                   "options": list(e.options), "answer": e.answer, "answer_form": e.answer_form, "boxes": [list(b) for b in found],
-                   "parsable": p.parsable if p else None, "perceived": seen, "reasoned": text,
-                   "reward": s.reward, "answered": s.answered, "judged": s.judged}
+    examples, bad, used, reread = [], [], {}, []
+    for file in data_files(spec, flag):
+        kind = "line" if file.suffix == ".jsonl" else "row"
+        rows = tqdm(rows_of(file), f"checking {file.name}", delay=2, leave=False,
+                    disable=None)
+
+        # Whatever is wrong with a row becomes one sentence that says where it stands.
+        for number, row, image in rows:
+            try:
+                need(not isinstance(row, InputError), str(row))
+                example = to_example(row, number, used)
+                path = image or inside(Path(images or file.parent), row_value(row, "image")[1])
+                problem = image_problem(path, fully=skip_bad)
+                need(not problem, f"the field 'image' names {path}, {problem}")
+            except InputError as error:
+                bad.append(f"{file}, {kind} {number}: {error}")
+                need(skip_bad, bad[0])
+                continue
+
+            # A number that our own rule cannot read is compared word by word.
+            if example.answer_form == "na" and number_in(example.answer) is None:
+                reread.append(example.answer)
+                example = dataclasses.replace(example, answer_form="free_form")
+            examples.append(dataclasses.replace(example, image=path))
+
+    # Say what was read, and from where.
+    first = f"the first bad row is {bad[0]}" if bad else "it is empty"
+    need(examples, f"{flag} {spec} holds no example; {first}")
+    forms = Counter(example.answer_form for example in examples)
+    forms = ", ".join(f"{count:,} {form}" for form, count in forms.items())
+    columns = ", ".join(f"{field} <- {column}" for field, column in used.items())
+    print(f"read {len(examples):,} examples from {spec}: {forms}; columns {columns}")
+    if reread:
+        print(f"{len(reread):,} answers of form na are not one number, such as {reread[0]!r}: they "
+              f"are compared as free-form")
+    if bad:
+        print(f"skipped {len(bad):,} bad rows; the first is {bad[0]}")
+    return examples
 
 
-def hits(boxes, example):
-    """Is the centre of every true box inside one of the predicted boxes that are cropped?"""
-    centres = [((t.x1 + t.x2) / 2, (t.y1 + t.y2) / 2) for t in example.boxes]
-    return all(any(b[0] <= x <= b[2] and b[1] <= y <= b[3] for b in boxes[:MAX_CROPS]) for x, y in centres)
+def data_files(spec, flag="--data"):
+    """The files that SPEC names: one, or the shards of one. Raises InputError if it is unclear."""
+    # Hidden folders are left out: version control and caches keep JSON of their own.
+    path = find(spec, flag, "dataset")
+    files = [path] if path.is_file() else sorted(path.rglob("*"))
+    files = [file for file in files if file.suffix in SUFFIXES]
+    if path.is_dir():
+        files = [file for file in files if not file.relative_to(path).parts[0].startswith(".")]
+
+    # Beside a data.jsonl other names (annotations among the images, say) don't count.
+    if path / "data.jsonl" in files:
+        files = [file for file in files if file.with_suffix("") == path / "data"]
+    need(files, f"{flag} {spec}: there is no {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file")
+
+    # One set in two formats would be read twice, and halve the error bar.
+    sets = {re.sub(r"-\d+-of-\d+(?=\.\w+$)", "", str(file)) for file in files}
+    choice = " or ".join(f"{spec}/{file.relative_to(path)}" for file in files[:4])
+    need(len(sets) == 1, f"{flag} {spec} holds several data files: name one of them, as {choice}")
+    return files
 
 
-def evaluate(model, codec, examples, how, judge=None):
-    """Accuracy of one model in both roles, for training's report. Returns fractions, or None where not measurable:
+def rows_of(file):
+    """(number, row, image) of each row of a data file; a line that is no JSON as its InputError.
 
-    p2r     perceive, crop, reason: the method
-    hit     the boxes contain the centres of all true boxes (needs `boxes`)
-    plain   reason on the plain image, without boxes: the baseline
-    oracle  reason with the true boxes: what the Reasoner could do with a perfect Perceiver
-    n       number of examples; unparsable, unanswered: shares of the p2r outputs
-    categories: {category: [p2r, plain]}
+    image is the path of an image that was inside the row, else None.
     """
-    def run(mode, examples):
-        records = ask(model, codec, examples, dataclasses.replace(how, mode=mode), judge)
-        return list(tqdm(records, f"eval {mode}", total=len(examples), leave=False, unit="q"))
+    if file.suffix != ".jsonl":
+        yield from unpacked_rows(file)
+        return
 
-    p2r, plain = run("p2r", examples), run("think", examples)
-    by_category = {c: [mean(r["reward"] for r in records if r["category"] == c) for records in (p2r, plain)]
-                   for c in sorted({e.category for e in examples})}
-    return {
-        "p2r": mean(r["reward"] for r in p2r),
-        "hit": mean(hits(r["boxes"], e) for r, e in zip(p2r, examples) if e.boxes),
-        "plain": mean(r["reward"] for r in plain),
-        "oracle": mean(r["reward"] for r in run("oracle", [e for e in examples if e.boxes])),
-        "n": len(examples),
-        "unparsable": mean(not r["parsable"] for r in p2r),
-        "unanswered": mean(not r["answered"] for r in p2r),
-        "categories": by_category,
-    }
+    # A bad line costs only itself: those after it can still be read.
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    row = InputError(f"not a JSON object ({error})")
+                yield number, row, None
 
 
-def print_report(report):
-    """Print p2r_min's report as a small table: {"before": ..., "during": [...], "after": ...} of `evaluate` results."""
-    rows = {"before": report["before"], **{f"step {r['step']}": r for r in report["during"]}, "after": report["after"]}
-    print(f"\n{'held-out, n = ' + str(report['after']['n']):52}" + "".join(f"{name:>9}" for name in rows))
-    for name, text in (("p2r", "perceive, then reason"), ("hit", "the boxes hold all that was asked about"),
-                       ("plain", "reason on the plain image"), ("oracle", "reason with the true boxes")):
-        cells = ("-" if row[name] is None else f"{row[name]:.3f}" for row in rows.values())
-        print(f"{name:7}{text:45}" + "".join(f"{cell:>9}" for cell in cells))
-    kinds = report["after"]["categories"]
-    for kind in kinds if len(kinds) > 1 else ():
-        print(f"{'':7}{'p2r, ' + kind:45}" + "".join(f"{row['categories'][kind][0]:9.3f}" for row in rows.values()))
+def table_rows(file):
+    """The rows of a .json, .csv, .tsv or .parquet file. Raises InputError."""
+    try:
+        if file.suffix == ".json":
+            rows = json.loads(file.read_bytes())
+            need(isinstance(rows, list), f"it holds a {type(rows).__name__}, not a list of rows")
+            yield from rows
+        elif file.suffix == ".parquet":
+            from pyarrow import parquet
+
+            # One row at a time and unbuffered, as images may be inside.
+            table = parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
+            for batch in table.iter_batches(batch_size=1):
+                yield from batch.to_pylist()
+        else:
+            # An image is one field, far beyond the limit that the library sets.
+            csv.field_size_limit(1 << 30)
+            with file.open(newline="", encoding="utf-8-sig") as text:
+                yield from csv.DictReader(text, delimiter="\t" if file.suffix == ".tsv" else ",")
+    except ImportError as error:
+        raise InputError(f'reading {file} needs pyarrow: pip install -e ".[data]"') from error
+    except (csv.Error, ValueError, NotImplementedError, RecursionError, OSError) as error:
+        raise InputError(f"{file} cannot be read as {file.suffix[1:]}: {error}") from error
 
 
-def mean(values):
-    """The mean of some numbers as a float, or None of none at all."""
-    values = [float(v) for v in values]
-    return sum(values) / len(values) if values else None
+def unpacked_rows(file):
+    """`rows_of` a table whose cells may hold images.
+
+    They are written into the cache once, so that from there on there is one loader. VLMEvalKit
+    stores an image once; its other rows hold the index of the row that has it.
+    """
+    def fill(folder):
+        places = {}  # a row's index -> the image that is stored in it
+        (folder / "images").mkdir()
+        with (folder / "rows.jsonl").open("w") as out:
+            for row in tqdm(table_rows(file), f"unpacking {file.name}, once", delay=2,
+                            disable=None):
+                column, cell = row_value(row, "image")
+                content, image = encoded_image(cell), None
+                if content is not None:
+                    # Named by its content, so equal images are one file.
+                    image = hashlib.sha256(content).hexdigest()[:32]
+                    (folder / "images" / image).write_bytes(content)
+                    row[column] = places[str(row.get("index"))] = image
+
+                # What JSON does not know (bytes, a date) is kept as the name of its type.
+                out.write(json.dumps([row, image], default=lambda cell: f"({type(cell).__name__})"))
+                out.write("\n")
+        (folder / "places.json").write_text(json.dumps(places))
+
+    # A file that was changed is another file. The image stands beside its row, not in it: no cell
+    # can claim to be one that was unpacked, and so name a path of its own choice.
+    state = file.stat()
+    key = f"{file.resolve()} {state.st_size} {state.st_mtime_ns}".encode()
+    folder = cached("rows-" + hashlib.sha256(key).hexdigest()[:16], fill)
+    places = json.loads((folder / "places.json").read_text())
+    with (folder / "rows.jsonl").open() as lines:
+        for number, line in enumerate(lines, start=1):
+            row, image = json.loads(line)
+            image = image or places.get(str(row_value(row, "image")[1]))
+            yield number, row, folder / "images" / image if image else None
+
+
+def encoded_image(cell):
+    """The image inside a cell (bytes, or text in base64) as bytes, or None of any other cell."""
+    if isinstance(cell, list) and len(cell) == 1:
+        cell = cell[0]
+    if isinstance(cell, dict):
+        cell = cell.get("bytes") or cell.get("path")
+
+    # Base64 has no dot, and a path's extension has one.
+    if isinstance(cell, str) and len(cell) > 64 and "." not in cell[:1000]:
+        try:
+            cell = base64.b64decode(re.sub(r"^data:[^,]*,|\s", "", cell), validate=True)
+        except ValueError:
+            return None  # then it is taken for a path, and refused as one
+    return cell if isinstance(cell, bytes) else None
+
+
+def row_value(row, field):
+    """(column, value) of a field: the first of its COLUMNS that holds something, or (None, None).
+    A dot in a column's name goes inside; NaN is what pandas writes for nothing."""
+    for column in COLUMNS[field]:
+        value = row
+        for key in column.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if value not in (None, "", []) and value == value:
+            return column, value
+    return None, None
+
+
+def to_example(row, number, used):
+    """One raw row -> Example, all but its image. Raises InputError that names the field.
+
+    `used` collects {field: column}.
+    """
+    need(isinstance(row, dict), f"not a JSON object but a {type(row).__name__}")
+
+    # (The library collects what is too much under None, which JSON calls null.)
+    need(None not in row and "null" not in row, "there are more cells than columns in the header")
+
+    # 1. The fields, wherever this data set has them.
+    fields = {}
+    for field in COLUMNS:
+        column, value = row_value(row, field)
+        if column:
+            fields[field] = value
+            used.setdefault(field, column)
+    for field in ("image", "question", "answer"):
+        need(field in fields, f"the field {field!r} is missing or empty; "
+                              f"it is read from {' or '.join(COLUMNS[field])}")
+
+    # 2. The question without its options and without sentences on how to answer; then the options,
+    #    lettered anew. No text may hold a token that steers the model.
+    question, options = question_and_options(row, fields)
+    lettered = [f"{letter}. {option}" for letter, option in zip(LETTERS, options)]
+    question = "\n".join([question, *lettered])
+    control = re.search(r"<\|\w+\|>", question)
+    need(not control, f"the field 'question' holds {control and control[0]}: remove it")
+
+    # 3. The answer, in a form that its text can have. A lone letter without options is an option's
+    #    letter whose options were not found, unless the row says that it is not.
+    answer = as_text(fields["answer"], "answer")
+    answer = (answer_in(answer) or answer).strip()
+    form = fields.get("answer_form", "mca" if options else "free_form")
+    need(isinstance(form, str) and form in FORMS,
+         f"the field 'answer_form' must be one of {', '.join(FORMS)}, not {form!r}")
+    lone = re.fullmatch(r"\(?[A-Fa-f]\)?[.:]?", answer) and not options
+    need("answer_form" in fields or not lone,
+         f"the answer is the letter {answer!r}, but there are no options in the columns "
+         f"{', '.join(row)}: give them as 'options', as A, B, ... or as lines of the question, or "
+         f"say that 'answer_form' is free_form")
+
+    # A truth that our own rule cannot read would make every answer wrong.
+    letter = option_letter(answer, options)
+    if form == "mca":
+        need(letter, f"the field 'answer' is {answer!r}, which names no option (a letter A to F)")
+        need(not options or letter in LETTERS[:len(options)],
+             f"the field 'answer' is {answer!r}, but there are only {len(options)} options")
+    need(plain_words(answer), f"the field 'answer' is {answer!r}, which holds no word to compare")
+
+    # 4. The rest is only to measure with.
+    boxes = []
+    for box in as_list(fields.get("boxes", []), "boxes"):
+        fine = isinstance(box, list) and len(box) == 4
+        fine = fine and all(isinstance(v, (int, float)) and 0 <= v <= 1000 for v in box)
+        need(fine and box[0] < box[2] and box[1] < box[3], f"the field 'boxes' must hold [x1, y1, "
+             f"x2, y2] between 0 and 1000, x1 < x2 and y1 < y2, not {str(box)[:80]!r}")
+        boxes.append(Box(*map(float, box)))
+    return Example(
+        image=None, question=question, answer=answer, answer_form=form, options=tuple(options),
+        category=as_text(fields.get("category", ""), "category"),
+        rotation=as_text(fields.get("rotation", ""), "rotation"),
+        id=as_text(fields.get("id", number), "id"), boxes=tuple(boxes))
+
+
+def as_text(value, field):
+    """A text or number as text. Raises InputError for all else, and for what no tokenizer takes."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    need(isinstance(value, str) or number and field != "question",
+         f"the field {field!r} must be text, not {str(value)[:80]!r}")
+
+    # Half a surrogate pair (JSON can hold one) stops the tokenizer, NUL the file system.
+    text = str(value)
+    need(not re.search("[\0\ud800-\udfff]", text),
+         f"the field {field!r} holds characters that are no text: {text[:80]!r}")
+    return text
+
+
+def as_list(value, field):
+    """A list as it is. A text that holds one (MME-RealWorld-Lite's TSV) is read as Python's."""
+    # A literal, never code: literal_eval takes nothing that could act.
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            pass  # said below
+    need(isinstance(value, list), f"the field {field!r} must be a list, not {str(value)[:80]!r}")
+    return value
+
+
+def question_and_options(row, fields):
+    """The question's clean text and its options' texts, wherever they stand. Raises InputError."""
+    # In chat messages the question is what the user says first, without its images.
+    question = fields["question"]
+    if isinstance(question, list):
+        users = [m for m in question if isinstance(m, dict) and m.get("role") == "user"]
+        question = users[0].get("content") if users else None
+    if isinstance(question, list):
+        parts, question = question, ""
+        for part in parts:
+            need(isinstance(part, dict),
+                 f"the field 'question' holds a chat part that is no object: {str(part)[:80]!r}")
+            if part.get("type") != "image":
+                question += as_text(part.get("text"), "question")
+    question = as_text(question, "question")
+
+    # Options are columns A, B, ..., or a list, or lines of the question.
+    letters = [letter for letter in LETTERS if row.get(letter) not in (None, "") and
+               row[letter] == row[letter]]
+    need("".join(letters) == LETTERS[:len(letters)],
+         f"the options {', '.join(letters)} are given, but not those between them")
+    options = [row[letter] for letter in letters] or as_list(fields.get("options", []), "options")
+    if not options:
+        question, options = split_options(question)
+    question = clean_question(question)
+    need(question, "the field 'question' is empty")
+    need(len(options) <= len(LETTERS), f"the field 'options' holds more than {len(LETTERS)}")
+    options = [as_text(option, "options") for option in options]
+
+    # "(A) red" -> "red": letters are given back to all of them alike.
+    labels = [re.match(rf"\(?{letter}[).:]\s*", text) for letter, text in zip(LETTERS, options)]
+    if all(labels):
+        options = [text[label.end():] for label, text in zip(labels, options)]
+    return question, options
+
+
+def inside(root, cell):
+    """The path that an image cell names, below the folder `root`. Raises InputError outside it.
+
+    (A hub snapshot's files are links into the `blobs` of its repository, which are let through.)
+    """
+    if isinstance(cell, list):
+        need(len(cell) == 1, f"the field 'image' holds {len(cell)} images; P2R asks about one")
+        cell = cell[0]
+    if isinstance(cell, dict):
+        cell = cell.get("path")
+    need(isinstance(cell, str) and len(cell) < 1000,
+         f"the field 'image' must be a path, not {str(cell)[:80]!r}")
+    path = (root / as_text(cell, "image")).absolute()
+
+    # Neither as written (..) nor where links lead may it lie outside.
+    allowed = [root.resolve()]
+    for folder in root.resolve().parents:
+        if folder.name == "snapshots" and folder.parent.name.startswith("datasets--"):
+            allowed.append(folder.parent / "blobs")
+    fine = Path(os.path.normpath(path)).is_relative_to(os.path.normpath(root.absolute()))
+    fine = fine and any(path.resolve().is_relative_to(folder) for folder in allowed)
+    need(fine, f"the field 'image' names {cell}, which lies outside {root}: give --images a folder "
+               f"that holds it")
+    return path
+
+
+def image_problem(path, fully=False):
+    """Why an image cannot be used, as the end of a sentence, or None. Reads its header, or all."""
+    try:
+        with Image.open(path) as image:  # refuses "decompression bombs", above 179 million pixels
+            (width, height), mode = image.size, image.mode
+            if fully:
+                image.load()
+    except FileNotFoundError:
+        return "which does not exist: --images says where paths start; archives must be unpacked"
+    except Exception as error:  # Pillow raises a dozen kinds for a broken file
+        return f"which cannot be read: {error}"
+
+    # What the model's image processor, or our conversion to RGB, would stumble over later.
+    if max(width, height) > MAX_RATIO * min(width, height):
+        return (f"which is {width} x {height}: Qwen3-VL takes images up to {MAX_RATIO} times as "
+                f"long as wide")
+    if mode == "F":
+        return "whose pixels are floating point numbers: convert it to 8 bits a channel"
+    return None
+
+
+# What data sets add to a question to say how to answer, not what is asked. It contradicts our
+# prompts. Matched against whole sentences, and narrow: a question must never be lost to it.
+INSTRUCTION = re.compile(r"""
+      .*(<think>|<answer>|<tool_call>|\\boxed|_tool\b|reasoning\ process|step\ by\ step).*
+    | (hint:\ )?(please\ |just\ |only\ |directly\ )*(answer|respond|reply|output)\b
+          .*\b(letter|option|options|choice|choices|word|phrase|directly|short|nothing|question)\b.*
+    | (please\ |only\ )*(select|choose|pick)\ (the|an?)\ ((best|correct|right|most\ appropriate)\ )?
+          (answer|option|choice|letter)((,|\ from|\ to|\ among|\ of|\ based|\ below|\ above)\b.*)?
+    | (please\ |only\ )*(put|give|provide|write|return|output)\ (your|the)
+          \ ((final|best|correct|right|chosen)\ )?(answer|option\ letter
+          |letter\ of\ the\ (correct|right|best|chosen)\ (answer|option|choice))\b.*
+    | (your|the)\ ((final|best|correct|right)\ )?(answer|response)\ (should|must)\b.*
+    | (your|the)\ (final|best|correct|right)\ answer(\ is)?
+    | (options|choices|answer|the\ (options|choices)\ are(\ listed)?\ below)
+    """, re.IGNORECASE | re.DOTALL | re.VERBOSE)
+
+
+def clean_question(text):
+    """A data set's question without <image> tags and without sentences on how to answer.
+
+    A sentence that ends in a question mark always stays, and so does a text that would vanish.
+    """
+    text = re.sub(r"<image>|^\s*Question:", "", text).strip()
+    kept = []
+    # Sentences end in . ! ? before white space (not in "3.5" or "U.S.A") or with the line.
+    for sentence in re.split(r"(?<=[.!?])(?=\s)|(?<=\n)", text):
+        bare = sentence.strip()
+        if bare.endswith("?") or not INSTRUCTION.fullmatch(bare.rstrip(".:! ")):
+            kept.append(sentence)
+    return "".join(kept).strip() or text
+
+
+def split_options(question):
+    """Options written into a question as lines "(A) red", "B. blue" ... -> (the rest, options)."""
+    # Only letters from A on, in order, are options: a line "U.S. mail" is not one.
+    rest, letters, options = [], "", []
+    for line in question.split("\n"):
+        found = re.fullmatch(r"\s*\(?([A-Z])[).:]\s*(\S.*?)\s*", line)
+        if found:
+            letters += found[1]
+            options.append(found[2])
+        else:
+            rest.append(line)
+    if len(letters) < 2 or not string.ascii_uppercase.startswith(letters):
+        return question, []
+    return "\n".join(rest).strip(), options
 
 
 # ---------------------------------------------------------------------------------------------
 # Benchmarks: the tables that papers print
 
-CATEGORIES = {  # a data set's category -> the papers' column
-    "direct_attributes": "attribute", "relative_position": "spatial", "single": "FSP", "cross": "FCP",
-    **{f"{task}/{name}": f"{task[0]}-{short}" for task in ("perception", "reasoning") for name, short in (
-        ("ocr with complex context", "OCR"), ("remote sensing", "RS"), ("diagram and table", "DT"), ("monitoring", "MO"),
-        ("autonomous_driving", "AD"))},
-}
-
 
 def accuracy(records):
     """(share of right answers, how many independent questions stand behind it).
 
-    HR-Bench asks every question once for each rotation of its options: the accuracy of each rotation is
+    HR-Bench asks every question once for each rotation of its options: the accuracy of each is
     averaged, and as the rotations of a question are not independent, it counts once.
     """
+    # Other sets have one rotation, "", and the mean of means is the mean.
     rotations = {}
-    for r in records:
-        rotations.setdefault(r["rotation"], []).append(r["reward"])
-    return mean(mean(rewards) for rewards in rotations.values()), max(map(len, rotations.values()))
+    for record in records:
+        rotations.setdefault(record["rotation"], []).append(record["reward"])
+    share = mean(mean(rewards) for rewards in rotations.values())
+    return share, max(len(rewards) for rewards in rotations.values())
 
 
 def wilson(share, n, z=1.96):
-    """The 95 % confidence interval of a share of n: Wilson's score interval (1927), which stays inside 0..1."""
-    centre, spread = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
+    """The 95 % confidence interval of a share of n: Wilson's score interval (1927), in 0..1."""
+    # Clamped, as rounding can lead outside by one unit in the last place.
+    centre = share + z * z / (2 * n)
+    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    low, high = (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
+    return max(low, 0.0), min(high, 1.0)
+
+
+def published_table(categories, spec):
+    """(title, entry) of these categories' benchmark in assets/published.json; else (None, None).
+
+    The entry's mark ("4k", "lite") must be part of SPEC; of two marks the one that it holds last.
+    """
+    file = Path(__file__).parent / "assets" / "published.json"
+    # Categories alone don't tell 4K from 8K, nor the full MME-RealWorld from its Lite.
+    best, found = -1, (None, None)
+    for title, entry in json.loads(file.read_text()).items():
+        place = str(spec).lower().rfind(entry["mark"])
+        if categories <= set(entry["categories"]) and place > best:
+            best, found = place, (title, entry)
+    return found
 
 
 def print_benchmark(records, title, spec, speed=None):
-    """The table that papers print: accuracy by category and overall in percent, with 95 % intervals."""
-    named = [CATEGORIES.get(r["category"].lower(), r["category"] or "all") for r in records]
-    published = json.loads((Path(__file__).parent / "assets" / "published.json").read_text())  # the papers' rows, in percent
-    name = next((n for n, rows in published.items() if set(named) <= set(rows["columns"])
-                 and ("HR" not in n or n[-2:].lower() in Path(spec).stem.lower())), None)
-    papers = published.get(name, {"columns": list(dict.fromkeys(named)) + ["overall"]})
-    full = papers.pop("columns")
-    columns = [c for c in full if c in named and c != "all"]
-    found = [accuracy([r for r, c in zip(records, named) if c == column]) for column in columns] + [accuracy(records)]
-    rows = {"this run": [f"{100 * share:.1f}" for share, _ in found],
-            "  95 % interval": ["{:.0f}-{:.0f}".format(*(100 * x for x in wilson(*f))) for f in found]}
-    for who, values in papers.items():
-        values = dict(zip(full, values))
-        rows[f"{who}, published"] = ["-" if values[c] is None else f"{values[c]:.1f}" for c in [*columns, "overall"]]
+    """The papers' table: accuracy by category and overall in percent, with 95 % intervals."""
+    # A set that no paper reports has the columns that it brings, in its own order.
+    categories = {record["category"].lower() for record in records}
+    name, entry = published_table(categories, spec)
+    if entry is None:
+        own = {r["category"].lower(): r["category"] for r in records if r["category"]}
+        entry = {"categories": own, "rows": {}, "doubtful": []}
+
+    # A column for each category that was asked, in the papers' order, and one for all.
+    heads, shares, intervals = [], [], []
+    for category, head in [*entry["categories"].items(), (None, "overall")]:
+        some = [r for r in records if category in (None, r["category"].lower())]
+        if some:
+            share, n = accuracy(some)
+            low, high = wilson(share, n)
+            heads.append(head)
+            shares.append(f"{100 * share:.1f}")
+            intervals.append(f"{100 * low:.0f}-{100 * high:.0f}")
+
+    # The papers' rows below it, for comparison; a dash is what no paper reports.
+    rows = {"": heads, "this run": shares, "  95 % interval": intervals}
+    for who, values in entry["rows"].items():
+        values = dict(zip([*entry["categories"].values(), "overall"], values))
+        cells = ["-" if values[head] is None else f"{values[head]:.1f}" for head in heads]
+        star = " *" if who in entry["doubtful"] else ""
+        rows[f"{who}, published{star}"] = cells
+
     print(f"\n{title}: {name or spec}, {len(records):,} questions")
-    width = max([10] + [len(c) + 2 for c in columns])
-    for head, cells in {"": [*columns, "overall"], **rows}.items():
-        print(f"{head:24}" + "".join(f"{cell:>{width}}" for cell in cells))
-    boxes = [b for r in records for b in r["boxes"]]
-    area = mean((b[2] - b[0]) * (b[3] - b[1]) / 1e6 for b in boxes)
-    shares = {"without an answer": mean(not r["answered"] for r in records), "judged": mean(r["judged"] for r in records),
-              "unparsable boxes": mean(not r["parsable"] for r in records if r["parsable"] is not None)}
-    print(f"{len(boxes) / len(records):.2f} boxes a question" + (f" of {area:.1%} of the image" if boxes else "") + "; "
-          + ", ".join(f"{what} {share:.1%}" for what, share in shares.items() if share is not None)
-          + (f"; {speed:.2f} questions/s" if speed else ""))
+    width = max(10, *(len(head) + 2 for head in heads))
+    for head, cells in rows.items():
+        print(f"{head:26}" + "".join(f"{cell:>{width}}" for cell in cells))
+    if entry["doubtful"]:
+        print("* as the paper prints it: the overall value is not the mean of its two halves")
+
+    # What the accuracy does not tell.
+    boxes = [Box(*box) for record in records for box in record["boxes"]]
+    line = f"{len(boxes) / len(records):.2f} boxes a question"
+    if boxes:
+        line += f" of {mean(box.area for box in boxes):.1%} of the image"
+    shares = {
+        "without an answer": mean(not r["answered"] for r in records),
+        "judged": mean(r["judged"] for r in records),
+        "unparsable boxes": mean(not r["parsable"] for r in records if r["parsable"] is not None)}
+    for what, share in shares.items():
+        if share is not None:
+            line += f", {what} {share:.1%}"
+    print(line + (f"; {speed:.2f} questions/s" if speed else ""))
 
 
-def read_records(file):
-    """The records of a results.jsonl, without a last line that a killed run left half. Raises InputError."""
-    whole = [line for line in (file.read_text().splitlines(keepends=True) if file.exists() else []) if line.endswith("\n")]
-    try:
-        return [json.loads(line) for line in whole]
-    except ValueError as error:
-        raise InputError(f"{file} holds a line that is not JSON ({error}): remove the file, or choose another --out") from error
-
-
-def draw(record, example):
+def draw(record, example, codec):
     """One record -> the picture that tells its story."""
-    texts = [("perceiver", record["perceived"]), ("reasoner", record["reasoned"]), ("truth", record["answer"])]
-    return picture(example.load_image(), [Box(*b) for b in record["boxes"]], record["question"], [t for t in texts if t[1]])
+    image = example.load_image()
+    boxes = [Box(*box) for box in record["boxes"]]
+    texts = [("perceiver", record["perceived"]), ("reasoner", record["reasoned"]),
+             ("truth", record["answer"])]
+    texts = [(title, text) for title, text in texts if text]
+
+    # What the model sees: the whole image and the first crop, at its own pixels.
+    _, crops = gather(image, boxes)
+    seen = [codec.scaled(view) for view in (image, *crops[:1])]
+    return picture(image, boxes, record["question"], texts, seen=seen)
 
 
 # ---------------------------------------------------------------------------------------------
-# The command line
+# The command line, and what both programs share of it
+
+
+def add_flags(parser, settings):
+    """One flag for every field of a dataclass, from its source: `name: type = default  # help`.
+
+    Comment lines below a field continue its help; one after a blank line, or before the first
+    field, is the title of a group. Only flags that were given come back from the parser.
+    """
+    # Read the comments. A dataclass keeps names, types and defaults, but not what stands beside.
+    group, name, blank, helps, groups = parser, None, False, {}, {}
+    for line in inspect.getsource(settings).splitlines():
+        code, _, comment = line.strip().partition("#")
+        field = re.match(r"(\w+): \w+ = ", code)
+        if code.startswith(("def ", "@property")):
+            break  # the fields end where the methods begin
+        if field:
+            name = field[1]
+            helps[name], groups[name] = comment.strip(), group
+        elif comment and not code and (blank or name is None):
+            group = parser.add_argument_group(comment.strip())
+        elif comment and not code:
+            helps[name] += " " + comment.strip()
+        blank = not line.strip()
+
+    # argparse.SUPPRESS: what was not given must not hide what a run or the toy says.
+    for field in dataclasses.fields(settings):
+        how = {"type": field.type}
+        if field.type is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        default = "none" if field.default == "" else field.default
+        text = f"{helps[field.name]} (default: {default})".replace("%", "%%")
+        flag = "--" + field.name.replace("_", "-")
+        groups[field.name].add_argument(flag, default=argparse.SUPPRESS, help=text, **how)
+
+
+def run_program(name, main, arguments=None, hint=""):
+    """Run main(arguments) as the program `name` -> its exit status.
+
+    What a user can mend is one line on stderr and status 2. Ctrl-C, SIGTERM and SIGHUP end it with
+    one line, too (`hint` says how to go on), and status 128 + signal.
+    """
+    def stop(number, frame):
+        raise KeyboardInterrupt(number)
+
+    # The handlers that were here before are put back: tests run programs inside their own.
+    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+    signals = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = {number: signal.signal(number, stop) for number in signals}
+    try:
+        main(arguments)
+        return 0
+    except (InputError, OSError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as error:
+        number = error.args[0] if error.args else signal.SIGINT
+        told = f"{name}: stopped by {signal.Signals(number).name}"
+        print(f"\n{told}; {hint}" if hint else f"\n{told}", file=sys.stderr)
+        return 128 + number
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def printable(text):
+    """A model's text for a terminal: control characters, which could steer it, are escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 @dataclass
-class What:
+class Task:
     """What is asked, of whom, and where it goes."""
-    model: str = setting("", "what", "Qwen3-VL: a hub id or a folder; without it the embedded toy")
-    data: str = setting("", "what", "questions: a file, folder or hub id; without it (and --image) the toy's")
-    images: str = setting("", "what", "folder that relative image paths start from; default: the data file's")
-    skip_bad: bool = setting(False, "what", "leave bad rows out, and count them, instead of stopping")
-    limit: int = setting(0, "what", "ask only so many questions, drawn at random once and for all; 0: all")
-    judge: str = setting("none", "what", "who settles free-form answers in other words: none, self, or a model")
-    out: str = setting("", "what", "folder for results.jsonl and pictures; default: runs/eval-MODEL-DATA-MODE")
-    pictures: int = setting(8, "what", "draw the first so many questions")
-    score: str = setting("", "what", "a results.jsonl: score its texts again and print the table, without a model")
-    image: str = setting("", "any picture", "a picture of your own: prints boxes and answer, writes one picture")
-    question: str = setting("", "any picture", "what to ask about it")
-    answer_form: str = setting("free_form", "any picture", "the kind of answer", tuple(FORMS))
+    # A benchmark, or questions of your own
+    model: str = ""          # Qwen3-VL: a hub id or a folder; without it the embedded toy
+    data: str = ""           # questions: a file, folder or hub id; without it the toy's
+    images: str = ""         # folder that relative image paths start from; default: the data file's
+    skip_bad: bool = False   # leave bad rows out, and count them, instead of stopping
+    limit: int = 0           # ask only so many questions, drawn once and for all; 0: all
+    judge: str = "none"      # who settles free-form answers in other words: none, self, or a model
+    out: str = ""            # folder for results.jsonl and pictures; default: one in runs/
+    pictures: int = 8        # draw the first so many questions
+
+    # A picture of your own
+    image: str = ""          # a picture: prints boxes and answer, writes one picture
+    question: str = ""       # what to ask about it
+    answer_form: str = "free_form"  # the answer: mca (a letter), na (a number) or free_form
+
+    def check(self):
+        """Raises InputError for the first setting that cannot work."""
+        for name in ("limit", "pictures"):
+            need(getattr(self, name) >= 0, f"--{name} {getattr(self, name)} must be 0 or more")
+        need(self.answer_form in FORMS,
+             f"--answer-form {self.answer_form} is not one of {', '.join(FORMS)}")
+
+        # A picture needs a question, and a model that has seen the world.
+        need(bool(self.image) == bool(self.question), "give --image and --question together")
+        need(not self.image or Path(self.image).is_file(),
+             f"--image {self.image}: there is no such file")
+        need(self.model or not self.image,
+             "--image needs --model, such as --model Qwen/Qwen3-VL-2B-Instruct: the embedded toy "
+             "knows nothing but the striped signs of its own small world")
+        need(self.data or self.image or not self.model,
+             "--model needs --data (a benchmark, or questions of your own), or --image, --question")
 
 
-def run_data(what, how):
-    """Every question of a data set -> results.jsonl, pictures and the table; goes on where a killed run stopped."""
-    examples = load_data(what.data, what.images, what.skip_bad)
-    if 0 < what.limit < len(examples):
-        examples = [examples[i] for i in sorted(random.Random(0).sample(range(len(examples)), what.limit))]
-    out = Path(what.out or "runs/eval-{}-{}-{}".format(Path(what.model).name, Path(what.data).stem, how.mode))
-    out.mkdir(parents=True, exist_ok=True)
-    records = read_records(out / "results.jsonl")
-    config = {"model": what.model, "data": what.data, "judge": what.judge, **asdict(how)}
-    known = json.loads((out / "config.json").read_text()) if records else config
-    changed = [f"{name} was {known.get(name)} and is {value}" for name, value in config.items() if known.get(name) != value]
-    if [(r["id"], r["question"], r["answer"]) for r in records] != [(e.id, e.question, e.answer) for e in examples[:len(records)]]:
+def earlier_records(out, config, examples):
+    """The records that an earlier run left in the folder `out`, if it was asked the same; else [].
+
+    A last line that a kill left half is none. Raises InputError where other results are in the way.
+    """
+    results, config_file = out / "results.jsonl", out / "config.json"
+    if not results.exists() or not config_file.exists():
+        return []
+    lines = results.read_text().splitlines(keepends=True)
+    try:
+        records = [json.loads(line) for line in lines if line.endswith("\n")]
+        known = json.loads(config_file.read_text())
+    except ValueError as error:
+        raise InputError(f"{out} holds what is not JSON ({error}): choose another --out") from error
+
+    # Another protocol, or other questions? (More of them than records is what resuming is for.)
+    changed = []
+    for key, value in config.items():
+        if known.get(key) != value:
+            changed.append(f"{key} was {known.get(key)} and is {value}")
+    then = [(record["id"], record["question"], record["answer"]) for record in records]
+    now = [(example.id, example.question, example.answer) for example in examples]
+    if then != now[:len(then)]:
         changed.append("the questions are not the same")
-    _need(not changed, f"{out} holds other results ({'; '.join(changed)}): choose another --out")
-    model, codec = load(find(what.model), how.max_pixels, device(), how.min_pixels)
-    codec.check(e.question for e in examples)
-    judge = {"none": lambda: None, "self": lambda: Judge(model, codec.tokenizer)}.get(
-        what.judge, lambda: Judge.load(what.judge, device()))()
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    need(not changed, f"{out} holds other results ({'; '.join(changed)}): choose another --out")
+    return records
 
+
+def run_data(task, protocol):
+    """Every question of a data set -> results.jsonl, pictures, the table. A killed run goes on."""
+    examples = load_data(task.data, task.images, task.skip_bad)
+    if task.limit:
+        # In an order of their own, so that leaving a bad one out moves no other.
+        examples.sort(key=lambda example: random.Random(example.id + example.question).random())
+        examples = examples[:task.limit]
+
+    default = f"runs/eval-{Path(task.model).name}-{Path(task.data).stem}-{protocol.mode}"
+    out = Path(task.out or default)
+    out.mkdir(parents=True, exist_ok=True)
+    config = {"model": task.model, "data": task.data, "judge": task.judge}
+    config = config | dataclasses.asdict(protocol)
+    records = earlier_records(out, config, examples)
+
+    # Go on after whole chunks only: in bf16 an answer may depend on who shares its batch.
     if len(records) < len(examples):
-        del records[len(records) // (4 * how.batch) * (4 * how.batch):]  # whole batches, as an undisturbed run asks them
-    (out / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+        size = CHUNK * protocol.batch
+        records = records[:len(records) // size * size]
+
+    # A model and a judge that cannot be loaded must not leave anything in the way.
+    model, codec = load(find(task.model), protocol.max_pixels)
+    judge = None
+    if task.judge == "self":
+        judge = Judge(model, codec.tokenizer)
+    elif task.judge != "none":
+        judge = Judge.load(task.judge, model.device)
+    results = out / "results.jsonl"
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    results.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    # Ask the rest; each record is on disk before the next one is made.
     rest, start = examples[len(records):], time.perf_counter()
-    with (out / "results.jsonl").open("a") as lines:
-        for record in tqdm(ask(model, codec, rest, how, judge), "asking", initial=len(records), total=len(examples), unit="q"):
+    asked = ask(model, codec, rest, protocol, judge)
+    with results.open("a") as lines:
+        for record in tqdm(asked, "asking", initial=len(records), total=len(examples), unit="q",
+                           disable=None):
             lines.write(json.dumps(record) + "\n")
             lines.flush()
             records.append(record)
-    speed = len(rest) / (time.perf_counter() - start) if rest else None
-    for number, (record, example) in enumerate(list(zip(records, examples))[:what.pictures], start=1):
-        draw(record, example).save(out / f"{number:05d}.png")
-    print_benchmark(records, f"{Path(what.model).name} in mode {how.mode}", what.data, speed)
+    speed = len(rest) / (time.perf_counter() - start)
+
+    # Show: the first pictures, then the table.
+    for number, (record, example) in enumerate(zip(records[:task.pictures], examples), start=1):
+        draw(record, example, codec).save(out / f"{number:05d}.png")
+    print_benchmark(records, f"{Path(task.model).name} in mode {protocol.mode}", task.data, speed)
     print(f"results and pictures: {out}")
 
 
-def run_picture(what, how):
+def run_picture(task, protocol):
     """One picture and one question of the user's own."""
-    if not what.question:
-        raise InputError("--image needs --question: what shall be asked about it?")
-    example = Example(_check_image(str(Path(what.image).resolve()), Path("/"), None)[0], what.question, "", what.answer_form)
-    model, codec = load(find(what.model), how.max_pixels, device(), how.min_pixels)
-    record, = ask(model, codec, [example], how)
+    # Looked at before the model is loaded, as everything that can be wrong is.
+    path = Path(task.image)
+    problem = image_problem(path, fully=True)
+    need(not problem, f"--image names {path}, {problem}")
+    example = Example(path, task.question, "", task.answer_form, id=path.name)
+    model, codec = load(find(task.model), protocol.max_pixels)
+    record = next(ask(model, codec, [example], protocol))
+
+    # Boxes in pixels of the picture, each with the colour in which it is drawn.
     size = example.load_image().size
-    for box, colour in zip(record["boxes"], itertools.cycle(COLOURS)):
-        print(f"{colour:8} {box[4]}: pixels {to_rect(box, size)}")
+    boxes = [Box(*box) for box in record["boxes"]]
+    for box, colour in zip(boxes, itertools.cycle(COLOURS)):
+        print(f"{colour:8} {printable(box.label)}: pixels {to_rect(box, size)}")
     answer = answer_in(record["reasoned"])
-    print(f"answer   {'(none: the text has no <answer>)' if answer is None else answer}")
-    out = Path(what.out or "runs")
+    print(f"answer   {'(none: no <answer> in the text)' if answer is None else printable(answer)}")
+
+    # A new name each time: nothing is written over.
+    out, number = Path(task.out or "runs"), 1
     out.mkdir(parents=True, exist_ok=True)
-    file = next(f for i in itertools.count(1) if not (f := out / f"{Path(what.image).stem}-{i}.png").exists())
-    draw(record, example).save(file)
+    while (out / f"{path.stem}-{number}.png").exists():
+        number += 1
+    file = out / f"{path.stem}-{number}.png"
+    draw(record, example, codec).save(file)
     print(f"picture  {file}")
 
 
-def rescore(file):
-    """Score the texts of a results.jsonl again and print the table. A judge's verdicts are kept as they are."""
-    if not file.is_file() or not (file.parent / "config.json").is_file():
-        raise InputError(f"--score {file}: there must be such a file, and config.json beside it")
-    how = json.loads((file.parent / "config.json").read_text())
-    records = read_records(file)
-    _need(records, f"--score {file}: there is no result in it")
-    for r in records:
-        example = Example(Path(r["image"]), r["question"], r["answer"], r["answer_form"], tuple(r["options"]))
-        r["reward"] = r["reward"] if r["judged"] else score(r["reasoned"], example).reward
-    print_benchmark(records, f"{Path(how['model']).name} in mode {how['mode']}", how["data"])
+def fitting_protocol(task):
+    """The protocol's values that fit the model: of the toy, or of the run that it is from."""
+    if not task.model:
+        print("no --model: this is the embedded toy, which knows its own small world only")
+        # The toy's images are tiny, and its answers so short that a penalty would bend them.
+        world = toy.defaults()
+        task.model, task.data = world["model"], task.data or world["eval_data"]
+        own = {name: world[name] for name in ("max_pixels", "perceive_tokens", "reason_tokens")}
+        return own | {"penalty": 1.0, "batch": 64}
 
-
-def device():
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    # A folder that training wrote says under which budgets.
+    saved = find(task.model) / "p2r.json"
+    if not saved.is_file():
+        return {}
+    own = json.loads(saved.read_text())
+    told = ", ".join(f"{name} {value}" for name, value in own.items())
+    print(f"asked as it was trained, where no flag says otherwise: {told}")
+    return own
 
 
 def main(arguments=None):
+    """The command line, made from Task and Protocol. Raises InputError."""
     parser = argparse.ArgumentParser(description="Ask a model: a benchmark, or one picture.")
-    add_flags(parser, What)
+    add_flags(parser, Task)
     add_flags(parser, Protocol)
-    given = vars(parser.parse_args(arguments))
+    flags = vars(parser.parse_args(arguments))
+
+    # An empty text is what a shell makes of a variable that is not set: never what was meant.
+    for name, value in flags.items():
+        need(value != "", f"--{name.replace('_', '-')} is empty: give it a value, or leave it out")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    what = What(**{k: v for k, v in given.items() if k in What.__dataclass_fields__})
-    given = {k: v for k, v in given.items() if k in Protocol.__dataclass_fields__}
-    try:
-        if what.score:
-            rescore(Path(what.score))
-            return 0
-        if not what.model:
-            world = toy.defaults()
-            what.model, what.data = world["model"], what.data or ("" if what.image else world["eval_data"])
-            given = dict(max_pixels=toy.BUDGET, min_pixels=toy.BUDGET, penalty=1.0, batch=64,
-                         perceive_tokens=world["perceive_tokens"], reason_tokens=world["reason_tokens"]) | given
-            print("no --model: this is the embedded toy, which knows nothing but the striped signs of its own small world")
-        if not what.data and not what.image:
-            raise InputError("--model needs --data (a benchmark, or questions of your own), or --image and --question")
-        how = Protocol(**given)
-        how.check()
-        run_picture(what, how) if what.image else run_data(what, how)
-    except (InputError, OSError) as error:
-        print(f"eval.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    # A given flag wins over the model's own values, and those over the authors' protocol.
+    task = Task(**{name: flags.pop(name) for name in list(flags) if hasattr(Task, name)})
+    task.check()
+    protocol = Protocol(**(fitting_protocol(task) | flags))
+    protocol.check()
+    if task.image:
+        run_picture(task, protocol)
+    else:
+        run_data(task, protocol)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program("eval.py", main, hint="the same command goes on where it stopped"))

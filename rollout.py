@@ -102,7 +102,7 @@ def reasoner_prompt(codec, image, boxes, question, answer_form, evidence="both")
     Raises InputError for an unknown answer form.
     """
     if answer_form not in FORMS:
-        raise InputError(f"the answer form {answer_form!r} is unknown; there are {', '.join(FORMS)}")
+        raise InputError(f"the answer form {answer_form!r} is none of {', '.join(FORMS)}")
 
     # Nothing to point at, nothing said about regions.
     if not boxes:
@@ -165,8 +165,11 @@ class Codec:
     def __init__(self, folder, model, max_pixels):
         config = model.config
         self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        template = Path(folder, "chat_template.json")  # some repositories keep it beside
+        if self.tokenizer.chat_template is None and template.is_file():
+            self.tokenizer.chat_template = json.loads(template.read_text())["chat_template"]
         if self.tokenizer.chat_template is None:
-            self.tokenizer.chat_template = separate_chat_template(folder)
+            raise InputError(f"{folder} has no chat template: is it an Instruct model?")
 
         # The PIL back end everywhere: torchvision, where it is installed, resizes a little
         # differently, and then two machines would see different pixels.
@@ -252,10 +255,10 @@ class Codec:
 #
 # A row of the table holds one prompt and the keys and values of its G responses, here G = 2:
 #
-#     column   0 ............. P-1   P    P+1  P+2  P+3  P+4  P+5
-#     row 0   [ prompt, 7 tokens   | a0 | b0 | a1 | b1 | a2 | b2 |    |    |    ]   t = 3
-#     row 1   [ prompt, 4 t. | a0 | b0 |    |    |    |    |    |    |    |    ]    t = 1
-#     row 2   [ free: the next prompt moves in                                 ]
+#     column   0 1 2 3 4 5 6 7 8 9 10 11 12
+#     row 0    p p p p p p p a b a b  a  b  .     P = 7, three tokens each
+#     row 1    p p p p a b . . . . .  .  .  .     P = 4, one token each
+#     row 2    . . . . . . . . . . .  .  .  .     free: the next prompt moves in
 #
 # Token t of response g is in column P + t G + g. So what response g may see follows from (P, t, g)
 # alone: the prompt, and of the columns after it those with its own remainder modulo G. Nothing is
@@ -265,23 +268,29 @@ class Codec:
 # long response holds up its own row only, and the number of decode steps is close to
 # (sum over prompts of the longest response) / rows.
 
-PREFILL = 16_384  # prompt tokens in one forward at most (one prompt at least): bounds its memory
-STRIDE = 64       # the columns that attention reads are rounded up to this: few shapes
+# Prompt tokens in one forward at most (one prompt at least): bounds the memory it works in.
+PREFILL = 16_384
+
+# The columns that attention reads are rounded up to this. A GPU likes to see few shapes; on a CPU
+# every column costs.
+STRIDE = 256 if torch.cuda.is_available() else 16
 
 
 class InProgress:
     """What a row in use holds: a prompt, and its G responses so far."""
 
     def __init__(self, order, prompt, group):
-        self.order = order              # the prompt's number: groups come out in the order asked
+        self.order = order                   # groups come out in the order in which they were asked
         self.prompt = prompt
         self.P = len(prompt.ids)
-        self.start = prompt.positions.max().item() + 1  # the position of every response's token 0
-        self.t = 0                      # tokens drawn so far by the responses that are alive
-        self.newest = []                # (G,) ids drawn last. Those of ended responses are fed to
-        #                                 the model like the others, but they are not kept.
-        self.alive = set(range(group))  # the responses that have not ended
-        self.responses = [[] for _ in range(group)]     # (token id, log-prob) pairs
+        self.start = prompt.positions.max().item() + 1  # position of every response's first token
+        self.responses = [[] for _ in range(group)]     # G lists of (token id, log-prob)
+        self.alive = set(range(group))       # the responses that have not ended
+        self.t = 0                           # tokens of each response that is alive
+
+        # (G,) the ids drawn last. Responses that have ended draw on, since a row is computed as a
+        # whole; what they draw is fed to the model, but not kept.
+        self.newest = []
 
     def take(self, ids, logps, stops, max_tokens):
         """Note one token of each response; those that end with it are no longer alive."""
@@ -374,26 +383,6 @@ def draw(logits, banned, greedy, generator):
     return ids, scores.gather(-1, ids[..., None])[..., 0]
 
 
-def penalised(logits, active, penalty, codec):
-    """Evaluation's repetition penalty (CTRL, arXiv 1909.05858), over prompt and response.
-
-    At 1, as in training, the logits (n, G, V) are as they were.
-    """
-    if penalty == 1:
-        return logits
-    past = []
-    for row in active:
-        for response in row.responses:
-            drawn = torch.tensor([token for token, _ in response], dtype=torch.long)
-            past.append(torch.cat([row.prompt.ids, drawn]))
-
-    # Padded with a token that is banned anyway, so that it moves no score.
-    past = pad_sequence(past, batch_first=True, padding_value=codec.banned[0].item())
-    process = RepetitionPenaltyLogitsProcessor(penalty)
-    scores = process(past.to(logits.device), logits.flatten(0, 1).float())      # (n G, V)
-    return scores.view(logits.shape)
-
-
 class Table:
     """Keys and values of all rows, in place of the library's cache.
 
@@ -404,32 +393,32 @@ class Table:
         self.rows = self.columns = 0
         self.layers = []  # [keys, values] of each layer, both (rows, columns, KV heads, head dim)
 
+        # Where the next forward writes: indices of rows and columns that broadcast to (n, L). What
+        # it attends to: the table's first (rows, columns); None: only what it writes itself.
+        self.target = self.read = None
+
     def reserve(self, rows, columns):
         """Make room for rows of `columns` columns. The first call decides how many rows: it comes
         with as many prompts as there are, or with as many as there are rows."""
         self.rows = self.rows or rows
         if columns > self.columns:
-            # By a quarter at least, so that it happens rarely; layer by layer, so that two tables
+            # By an eighth at least, so that it happens rarely; layer by layer, so that two tables
             # never exist at once. Zeros, because attention multiplies what it does not see by 0.
-            columns = max(columns, self.columns * 5 // 4)
+            columns = max(columns, self.columns * 9 // 8)
             self.columns = -(-columns // STRIDE) * STRIDE
             for layer in self.layers:
                 for i, old in enumerate(layer):
                     layer[i] = F.pad(old, (0, 0, 0, 0, 0, self.columns - old.shape[1]))
 
-    def aim(self, rows, columns, read=None):
-        """Where the next forward writes (indices that broadcast to (n, L)), and what it attends to:
-        the first n rows and w columns of the table if read = (n, w), else only what it writes."""
-        self.target, self.read = (rows, columns), read
-
     def update(self, keys, values, layer, *_, **__):
-        """The library's attention hands in new keys and values, (n, KV heads, L, head dim), and
-        gets those to attend to, (n, KV heads, columns, head dim)."""
+        """Called by each layer's attention with new keys and values, (n, KV heads, L, head dim).
+        Returns those to attend to, (n, KV heads, columns, head dim)."""
+        # The first prefill tells how many layers there are, and their sizes.
         if layer == len(self.layers):
             shape = (self.rows, self.columns, keys.shape[1], keys.shape[3])
             self.layers.append([keys.new_zeros(shape), values.new_zeros(shape)])
         for stored, new in zip(self.layers[layer], (keys, values)):
-            stored[self.target] = new.transpose(1, 2)                           # (n, L, KV heads, d)
+            stored[self.target] = new.transpose(1, 2)
         if self.read is None:
             return keys, values
         n, width = self.read
@@ -454,7 +443,8 @@ def prefill(model, table, place, newcomers):
         inputs = right_padded(prompts, model.device)
         n, P = inputs["input_ids"].shape
         rows = torch.arange(place + start, place + start + n, device=model.device)
-        table.aim(rows[:, None], torch.arange(P, device=model.device))
+        table.target = rows[:, None], torch.arange(P, device=model.device)
+        table.read = None
 
         # A layout (see group_attention) of a prompt without responses means: causal.
         hidden = model.model(**inputs, attention_mask=torch.tensor([[[[P]]]]), use_cache=True,
@@ -499,7 +489,8 @@ def decode(model, table, active):
     mask = mask.repeat(1, config.num_attention_heads // config.num_key_value_heads, 1)[:, None]
 
     # All three axes of a text token's position are equal, and count on from the prompt's highest.
-    table.aim(torch.arange(n, device=device)[:, None], own, read=(n, width))
+    table.target = torch.arange(n, device=device)[:, None], own
+    table.read = n, width
     return model(input_ids=newest, position_ids=(start + t).expand(3, n, G), attention_mask=mask,
                  use_cache=True, **{CACHE: table}).logits
 
@@ -514,12 +505,12 @@ def group_attention(module, query, key, value, mask, scaling, **more):
     query: (B, heads, L, d); key, value: (B, KV heads, columns, d). Three callers, told apart by
     their mask (the library hands 4-D masks through untouched):
 
-    int64 (1, 1, 1, 1 + G)    prefill and training: a layout, the lengths P, R1 .. RG of a prompt and
-                              the responses after it. The prompt is causal, each response sees the
-                              prompt and itself. A dense (L, L) mask does the same, but takes 0.6 GB
-                              at L = 25,000 and keeps SDPA off its flash kernel.
-    float (n, 1, .., columns) a step of the sampler: what `decode` made.
-    bool or None              the library's own, in its `generate`.
+    bool or None               the library's own, in its `generate`.
+    int64 (1, 1, 1, 1 + G)     prefill and training: a layout, the lengths P, R1 .. RG of a prompt
+                               and its responses. The prompt is causal, each response sees the
+                               prompt and itself. A dense (L, L) mask says the same, but takes
+                               0.6 GB at L = 25,000 and keeps SDPA off its flash kernel.
+    float (n, 1, ., columns)   a step of the sampler: what `decode` made.
     """
     if mask is None or mask.dtype == torch.bool:
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **more)
@@ -538,7 +529,7 @@ def group_attention(module, query, key, value, mask, scaling, **more):
 
     # Query heads that share a KV head become further queries of it: repeating the keys instead, as
     # is usual, would copy the table at every step.
-    folded = query.reshape(*key.shape[:2], -1, query.shape[3])                  # (n, KV heads, ., d)
+    folded = query.reshape(*key.shape[:2], -1, query.shape[3])           # (n, KV heads, ., d)
     output = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
     return output.reshape(query.shape).transpose(1, 2), None
 
@@ -585,9 +576,20 @@ def direct(model, codec, examples, **how):
 
 
 # ---------------------------------------------------------------------------------------------
-# From here on: what the method needs but does not explain. Skip it on a first reading.
-#
-# Work beside the model
+# Skip on a first reading: what the method needs but does not explain
+
+
+class InputError(ValueError):
+    """Something a user can mend. The message is one sentence; the programs print it and exit 2."""
+
+
+@contextlib.contextmanager
+def out_of_memory(doing, remedy):
+    """Turns a GPU that is out of memory into an InputError that names the remedy."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise InputError(f"the GPU's memory ran out while {doing}: {remedy}") from error
 
 
 def prefetch(make, items, depth=16):
@@ -605,24 +607,27 @@ def prefetch(make, items, depth=16):
 
 def progress(items, text):
     """A progress bar for what takes longer than a few seconds; it leaves no trace."""
-    return tqdm(list(items), text, leave=False, delay=5, unit="prompt")
+    return tqdm(list(items), text, leave=False, delay=5, unit="prompt", disable=None)
 
 
-# ---------------------------------------------------------------------------------------------
-# Errors
+def penalised(logits, active, penalty, codec):
+    """Evaluation's repetition penalty (CTRL, arXiv 1909.05858), over prompt and response.
 
+    At 1, as in training, the logits (n, G, V) are as they were.
+    """
+    if penalty == 1:
+        return logits
+    past = []
+    for row in active:
+        for response in row.responses:
+            drawn = torch.tensor([token for token, _ in response], dtype=torch.long)
+            past.append(torch.cat([row.prompt.ids, drawn]))
 
-class InputError(ValueError):
-    """Something a user can mend. The message is one sentence; the programs print it and exit 2."""
-
-
-@contextlib.contextmanager
-def out_of_memory(doing, remedy):
-    """Turns a GPU that is out of memory into an InputError that names the remedy."""
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError as error:
-        raise InputError(f"the GPU's memory ran out while {doing}: {remedy}") from error
+    # Padded with a token that is banned anyway, so that it moves no score.
+    past = pad_sequence(past, batch_first=True, padding_value=codec.banned[0].item())
+    process = RepetitionPenaltyLogitsProcessor(penalty)
+    scores = process(past.to(logits.device), logits.flatten(0, 1).float())      # (n G, V)
+    return scores.view(logits.shape)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -634,7 +639,7 @@ CACHE = "cache" if NEW_NAME else "past_key_values"
 
 
 class FusedRMSNorm(Qwen3VLTextRMSNorm):
-    """The library's norm as one kernel. Its own is six, a third of all launches of a decode step."""
+    """The library's norm as one kernel; its own is six, a third of a decode step's launches."""
 
     def forward(self, hidden):
         return F.rms_norm(hidden, self.weight.shape, self.weight, self.variance_epsilon)
@@ -691,15 +696,6 @@ def load(folder, max_pixels, device=None):
     return quicken(model).to(device).eval(), codec
 
 
-def separate_chat_template(folder):
-    """Some repositories keep the chat template beside the tokenizer."""
-    file = Path(folder, "chat_template.json")
-    if not file.is_file():
-        raise InputError(f"{folder} has no chat template, neither in its tokenizer_config.json nor "
-                         f"as chat_template.json: is it an Instruct model?")
-    return json.loads(file.read_text())["chat_template"]
-
-
 TEXT_TOKENS = 512  # room for the text of a prompt. At the paper's budget of 2048 visual tokens an
 #                    image it gives the paper's prompt limits: 2048 + 512 and 4 x 2048 + 512.
 
@@ -712,10 +708,12 @@ def fitting(codec, examples, response_tokens, skip_bad=False):
     The text of both roles' prompts may have TEXT_TOKENS tokens; prompt (of an image and all crops)
     and response together as many as the model has positions.
     """
+    # Visual tokens are taken at their most, so that the boxes cannot matter.
     visual = (1 + MAX_CROPS) * (codec.size["longest_edge"] // codec.token_side**2)
     limit = min(TEXT_TOKENS, codec.positions - visual - response_tokens)
     fit, bad = [], []
     for example in examples:
+        # The text around the images counts, too: their tokens' stand-ins, the chat's own.
         reasoner = REASONER.format(regions=REGIONS["both"], question=example.question,
                                    form=FORMS[example.answer_form])
         rendered = (codec.render(PERCEIVER.format(question=example.question), 1),
@@ -728,6 +726,7 @@ def fitting(codec, examples, response_tokens, skip_bad=False):
             bad.append(f"{example.id} ({text} tokens of text, {limit} allowed)")
         else:
             fit.append(example)
+
     if bad:
         told = (f"{len(bad)} of {len(examples)} questions do not fit into a prompt: "
                 f"{', '.join(bad[:10])}")
@@ -769,9 +768,9 @@ def find(name, flag="--model", kind="model"):
         folder = Path(snapshot_download(repository, repo_type=kind, allow_patterns=[
             inside, f"{inside}/*"] if inside else None))
     except Exception as error:  # the hub's many errors share no narrower class across its versions
-        raise InputError(f"{flag} {name}: there is no such file or folder, and the hub did not give "
-                         f"it ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-                         ) from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise InputError(f"{flag} {name}: there is no such file or folder, and the hub did not "
+                         f"give it ({reason})") from error
     if not (folder / inside).exists():
         raise InputError(f"{flag} {name}: the hub's {repository} has no {inside}")
     return folder / inside
@@ -787,19 +786,22 @@ def refuse_several(name, flag, repository, inside):
         listed = list_repo_files(repository, repo_type="dataset")
     except Exception:  # the hub cannot be asked; the download says why, or has it from before
         return
+
+    # Folders that begin with a dot hold no data. Shards of one file count as one.
     below = f"{inside}/" if inside else ""
     files = sorted(f for f in listed if f.startswith(below) and f.endswith(DATA_FILES))
-    if f"{below}data.jsonl" in files:
-        return
-    if len({re.sub(r"-\d+-of-\d+$", "", str(Path(f).with_suffix(""))) for f in files}) > 1:
+    files = [f for f in files if not f.startswith(".")]
+    sets = {re.sub(r"-\d+-of-\d+(?=\.\w+$)", "", f) for f in files}
+    if len(sets) > 1 and f"{below}data.jsonl" not in files:
         first = " or ".join(f"{repository}/{f}" for f in files[:4])
         raise InputError(f"{flag} {name} holds several data files: name one of them, as {first}")
 
 
 def cached(name, fill):
-    """The folder `name` in ~/.cache/p2r-min (or $XDG_CACHE_HOME), made once by fill(folder) -> Path.
+    """The folder `name` in ~/.cache/p2r-min (or $XDG_CACHE_HOME), made once by fill(folder).
 
-    It appears under its name only when it is complete. Raises InputError where it cannot be written.
+    Returns its Path. It appears under its name only when it is complete. Raises InputError where it
+    cannot be written.
     """
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "p2r-min" / name
     if folder.exists():

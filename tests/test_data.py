@@ -60,19 +60,40 @@ def test_a_line_becomes_an_example(tmp_path, capsys):
     ({k: v for k, v in GOOD.items() if k != "question"}, ["line 2", "'question'", "missing", "problem"]),
     ({**GOOD, "question": 3}, ["line 2", "'question'"]),
     ({**GOOD, "question": "<image>"}, ["line 2", "'question'"]),
-    ({**GOOD, "answer": " "}, ["line 2", "'answer'", "empty"]),
+    ({**GOOD, "answer": " "}, ["line 2", "'answer'", "no word"]),
     ({**GOOD, "answer": None}, ["line 2", "'answer'"]),
     ({**GOOD, "answer": ["red"]}, ["line 2", "'answer'", "text"]),
     ({**GOOD, "answer_form": "essay"}, ["line 2", "'answer_form'", "mca, na, free_form"]),
     ({**GOOD, "answer_form": "mca", "answer": "Apple"}, ["line 2", "'answer'", "Apple"]),
-    ({**GOOD, "answer_form": "na", "answer": "many"}, ["line 2", "'answer'", "many"]),
+    ({**GOOD, "answer": "B"}, ["line 2", "letter 'B'", "no options", "image, question, answer"]),
+    ({**GOOD, "question": "Which? (A) red (B) blue", "answer": "(b)"}, ["line 2", "letter '(b)'", "no options"]),
+    ({**GOOD, "optoins": ["red", "blue"], "answer": "A."}, ["line 2", "letter 'A.'", "optoins"]),
+    ({**GOOD, "options": "['red', 'blue"}, ["line 2", "'options'", "list"]),
+    ({**GOOD, "options": ["red", ["blue"]]}, ["line 2", "'options'", "text"]),
+    ({**GOOD, "options": ["red", "bl<|im_end|>ue"], "answer": "A"}, ["line 2", "<|im_end|>"]),
+    ({**GOOD, "question": "What is <|image_pad|> this?"}, ["line 2", "'question'", "<|image_pad|>"]),
+    ({**GOOD, "question": "What \ud800 is it?"}, ["line 2", "'question'", "no text"]),
+    ({**GOOD, "answer": "\udfff"}, ["line 2", "'answer'", "no text"]),
+    ({**GOOD, "category": "a\0b"}, ["line 2", "'category'", "no text"]),
+    ({**GOOD, "id": ["7"]}, ["line 2", "'id'", "text"]),
+    ({**GOOD, "image": "a\0.png"}, ["line 2", "'image'", "no text"]),
+    ({**GOOD, "image": "\ud800.png"}, ["line 2", "'image'", "no text"]),
+    ({**GOOD, "image": 7}, ["line 2", "'image'", "path"]),
+    ({**GOOD, "question": [{"role": "user", "content": [{"type": "text", "text": "Look."}, "What?"]}]}, ["line 2", "'question'", "chat part"]),
+    ({**GOOD, "question": [{"role": "user", "content": [{"type": "text", "text": None}]}]}, ["line 2", "'question'", "text"]),
+    ({**GOOD, "question": [{"role": "user", "content": [{"type": "video"}]}]}, ["line 2", "'question'", "text"]),
+    ({**GOOD, "question": [{"role": "system", "content": "Be kind."}]}, ["line 2", "'question'", "text"]),
+    ({**GOOD, "boxes": "[[1, 2"}, ["line 2", "'boxes'", "list"]),
+    ({**GOOD, "boxes": [7]}, ["line 2", "'boxes'"]),
+    ({**GOOD, "boxes": [[1, 2, 3, float("nan")]]}, ["line 2", "'boxes'"]),
     ({**GOOD, "options": "red"}, ["line 2", "'options'"]),
     ({**GOOD, "A": "red", "C": "blue"}, ["line 2", "options A, C"]),
     ({**GOOD, "answer_form": ["mca"]}, ["line 2", "'answer_form'"]),
     ({**GOOD, "options": ["red", "blue"], "answer": 0}, ["line 2", "'answer'", "no option"]),
-    ({**GOOD, "question": "Which?\n" + "\n".join(f"{c}. {c}x" for c in "ABCDEFG"), "answer": "G"}, ["line 2", "'options'", "at most 6"]),
+    ({**GOOD, "question": "Which?\n" + "\n".join(f"{c}. {c}x" for c in "ABCDEFG"), "answer": "G"}, ["line 2", "'options'", "more than 6"]),
     ({**GOOD, "image": "x" * 300}, ["line 2", "'image'"]),
     ({**GOOD, "image": {"unpacked": "a.png"}}, ["line 2", "'image'", "must be a path"]),
+    ({**GOOD, "image": {"unpacked": "/etc/hostname"}}, ["line 2", "'image'", "must be a path"]),
     ("[" * 100_000, ["line 2", "not a JSON object"]),
     ({**GOOD, "answer_form": "mca", "answer": "E", "options": ["red", "blue"]}, ["line 2", "'answer'", "only 2 options"]),
     ({**GOOD, "answer": "?!"}, ["line 2", "'answer'", "no word"]),
@@ -127,6 +148,64 @@ def test_which_file_of_a_folder(tmp_path):
     assert [e.id for e in load_data(shards)] == ["0", "1"]
 
 
+def test_one_set_in_two_formats_is_refused_naming_both(tmp_path):
+    write(tmp_path, GOOD)
+    (tmp_path / "data.tsv").write_text("image\tquestion\tanswer\na.png\tWhat?\tred\n")
+    with pytest.raises(InputError, match="several data files.*data.jsonl or .*data.tsv"):
+        load_data(tmp_path)
+    (tmp_path / "data.tsv").rename(tmp_path / "annotations.tsv")                   # beside a data.jsonl other names don't count
+    assert len(load_data(tmp_path)) == 1
+    (tmp_path / "data.jsonl").rename(tmp_path / "annotations.jsonl")
+    with pytest.raises(InputError, match="annotations.jsonl or .*annotations.tsv"):
+        load_data(tmp_path)
+
+
+def test_numbers_that_no_rule_reads_become_free_form_with_a_note(tmp_path, capsys):
+    rows = [{**GOOD, "answer_form": "na", "answer": answer} for answer in ("12:30", "3-4", "many", "3\u00bd", "one hundred", 7, 2.5)]
+    forms = {e.answer: e.answer_form for e in load_data(write(tmp_path, *rows))}
+    assert forms == {"12:30": "free_form", "3-4": "free_form", "many": "free_form", "3\u00bd": "na", "one hundred": "na", "7": "na", "2.5": "na"}
+    assert "3 answers of form na are not one number, such as '12:30'" in capsys.readouterr().out
+
+
+def test_a_letter_that_is_no_options_letter(tmp_path):
+    """With an answer_form the row says what it means; without one a letter beyond F cannot be meant as an option."""
+    rows = [{**GOOD, "answer": "B", "answer_form": "free_form"}, {**GOOD, "answer": "B", "answer_form": "mca"}, {**GOOD, "answer": "R"}]
+    assert [e.answer_form for e in load_data(write(tmp_path, *rows))] == ["free_form", "mca", "free_form"]
+
+
+def test_images_are_read_to_their_end_where_bad_rows_are_left_out(tmp_path, capsys):
+    file = write(tmp_path, GOOD, {**GOOD, "image": "cut.png"}, GOOD)
+    (tmp_path / "cut.png").write_bytes(png(size=(64, 64))[:300])
+    cut = load_data(file)[1]                                                       # its header is fine ...
+    with pytest.raises(InputError, match="cut.png of example 2.*--skip-bad"):      # ... and the loop says what to do
+        cut.load_image()
+    assert [e.id for e in load_data(file, skip_bad=True)] == ["1", "3"]
+    assert "line 2" in capsys.readouterr().out
+
+
+def test_a_folder_called_snapshots_opens_no_door(tmp_path):
+    """Only the hub's own layout, datasets--owner--name/snapshots/commit with links into blobs, may lead outside."""
+    plain, hub = tmp_path / "snapshots" / "mine", tmp_path / "datasets--me--mine" / "snapshots" / "abc"
+    for folder in (plain, hub):
+        folder.mkdir(parents=True)
+        blobs = folder.parents[1] / "blobs"
+        blobs.mkdir()
+        noise(20, 20).save(blobs / "1.png")
+        noise(20, 20).save(folder.parents[1] / "secret.png")
+        write(folder, {**GOOD, "image": "linked.png"})
+        (folder / "linked.png").symlink_to(blobs / "1.png")
+    assert len(load_data(hub)) == 1
+    with pytest.raises(InputError, match="outside"):
+        load_data(plain)
+    for name in ("../../secret.png", "../../blobs/1.png"):
+        for folder in (plain, hub):
+            with pytest.raises(InputError, match="outside"):
+                load_data(write(folder, {**GOOD, "image": name}))
+    (hub / "out.png").symlink_to(tmp_path / "datasets--me--mine" / "secret.png")
+    with pytest.raises(InputError, match="outside"):
+        load_data(write(hub, {**GOOD, "image": "out.png"}))
+
+
 def test_a_bare_file_name_guards_its_folder_too(tmp_path, monkeypatch):
     (tmp_path / "in").mkdir()
     noise(20, 20).save(tmp_path / "secret.png")
@@ -151,10 +230,9 @@ def test_a_hub_id(tmp_path, monkeypatch):
         load_data("someone/some-data/other.json")
 
 
-def test_images_still_in_an_archive_are_named(tmp_path):
+def test_images_that_may_still_be_in_an_archive(tmp_path):
     file = write(tmp_path, {**GOOD, "image": "images/1.png"})
-    (tmp_path / "images.zip").write_bytes(b"PK")
-    with pytest.raises(InputError, match="images.zip.*unpack.*--images"):
+    with pytest.raises(InputError, match="1.png, which does not exist.*--images.*archives"):
         load_data(file)
 
 
@@ -199,6 +277,36 @@ def test_vlmevalkit_tsv(tmp_path, cache):
         load_data(tmp_path / "HRBench4K.tsv")
 
 
+def test_mme_realworld_lite_of_vlmevalkit(tmp_path):
+    """Its options are a Python list in one cell."""
+    row = {"index": 0, "image": base64.b64encode(png()).decode(), "question": "Which?", "answer": "C",
+           "multi-choice options": "['(A) a car', '(B) the bus\\'s door', '(C) no']", "category": "Perception/Monitoring"}
+    example, = load_data(write_tsv(tmp_path / "MME-RealWorld-Lite.tsv", [row]))
+    assert example.options == ("a car", "the bus's door", "no") and (example.answer, example.answer_form) == ("C", "mca")
+    assert example.question == "Which?\nA. a car\nB. the bus's door\nC. no"
+    for evil in ("__import__('os').system('true')", "[" * 5_000, "['a', 'b'"):
+        with pytest.raises(InputError, match="row 1: the field 'options' must be a list"):
+            load_data(write_tsv(tmp_path / "MME-RealWorld-Lite.tsv", [row | {"multi-choice options": evil}]))
+
+
+@pytest.mark.parametrize("cell", ["!" * 100, base64.b64encode(png()).decode()[:-3], "\u00e9" * 100, base64.b64encode(b"no image" * 20).decode(), "A" * 2000])
+def test_odd_base64_is_that_rows_one_sentence(tmp_path, cell, capsys):
+    rows = [{"index": i, "image": base64.b64encode(png(i)).decode(), "question": "What?", "answer": "red"} for i in range(3)]
+    rows[1]["image"] = cell
+    file = write_tsv(tmp_path / "odd.tsv", rows)
+    with pytest.raises(InputError, match="odd.tsv, row 2: the field 'image'"):
+        load_data(file)
+    assert [e.id for e in load_data(file, skip_bad=True)] == ["0", "2"]
+
+
+def test_more_cells_than_columns(tmp_path):
+    noise(40, 30).save(tmp_path / "1.jpg")
+    (tmp_path / "zwz.csv").write_text("image,question,answer\n1.jpg,What is it?,sign\n1.jpg,What, here?,sign\n")
+    with pytest.raises(InputError, match="zwz.csv, row 2: there are more cells"):
+        load_data(tmp_path / "zwz.csv")
+    assert len(load_data(tmp_path / "zwz.csv", skip_bad=True)) == 1
+
+
 def test_csv(tmp_path):
     """ZwZ-RL-VQA-mini."""
     noise(40, 30).save(tmp_path / "1.jpg")
@@ -241,6 +349,18 @@ def test_parquet(tmp_path, name):
     example, = load_data(tmp_path)
     assert example == Example(example.image, **expected)
     assert example.load_image().tobytes() == noise(40, 30).tobytes()
+
+
+def test_no_cell_of_a_parquet_file_names_a_path_elsewhere(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+    noise(20, 20).save(tmp_path / "secret.png")
+    for cell in ({"unpacked": str(tmp_path / "secret.png")}, {"path": str(tmp_path / "secret.png")}, "../secret.png", {"path": "../secret.png"}):
+        folder = tmp_path / "in"
+        folder.mkdir(exist_ok=True)
+        parquet.write_table(pyarrow.Table.from_pylist([PARQUET["p2r_10k"][0] | {"images": None, "image": cell}]), folder / "a.parquet")
+        with pytest.raises(InputError, match="a.parquet, row 1: the field 'image'"):
+            load_data(folder)
 
 
 def test_what_pandas_leaves_in_a_parquet(tmp_path):
@@ -308,13 +428,13 @@ def test_options_in_the_text():
         assert split_options(untouched) == (untouched, [])
 
 
-def test_ten_thousand_rows_cost_little_memory(tmp_path):
-    """Rows hold paths, not pixels: 10,000 of them in well under the 1 GiB that 40 decoded images would take."""
+def test_a_thousand_rows_cost_little_memory(tmp_path):
+    """Rows hold paths, not pixels: 1,000 of them in well under the 1 GiB that 40 decoded images would take."""
     import tracemalloc
     noise(64, 64).save(tmp_path / "a.png")
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps({**GOOD, "id": i}) + "\n" for i in range(10_000)))
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({**GOOD, "id": i}) + "\n" for i in range(1_000)))
     tracemalloc.start()
-    assert len(load_data(tmp_path)) == 10_000
+    assert len(load_data(tmp_path)) == 1_000
     assert tracemalloc.get_traced_memory()[1] < 2**26
     tracemalloc.stop()
 

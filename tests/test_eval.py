@@ -1,6 +1,13 @@
 """eval.py: asking a model, the tables, resuming, and one picture of one's own. Expected numbers are worked out by hand."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,12 +17,20 @@ from PIL import Image
 import eval as evaluation
 import rollout
 import toy
-from crop import Box
-from eval import Example, Protocol, accuracy, main, wilson
+from crop import Box, parse_boxes
+from eval import Example, Protocol, accuracy, add_flags, printable, run_program, wilson
+from rollout import InputError
+
+ROOT = Path(evaluation.__file__).parent
+
+
+def main(arguments):
+    return run_program("eval.py", evaluation.main, arguments)
 
 
 def group(text):
-    return SimpleNamespace(completions=[SimpleNamespace(text=text)])
+    """What `perceive` yields; the other verbs leave `parsed` alone."""
+    return SimpleNamespace(completions=[SimpleNamespace(text=text, parsed=parse_boxes(text))])
 
 
 @pytest.fixture
@@ -66,7 +81,7 @@ def test_accuracy_by_hand(scripted):
     assert evaluation.evaluate(None, None, EXAMPLES, how) == {
         "p2r": 2 / 4, "hit": 2 / 3, "plain": 1 / 4, "oracle": 2 / 3, "n": 4, "unparsable": 1 / 4, "unanswered": 1 / 4,
         "categories": {"": [2 / 4, 1 / 4]}}
-    same = {"greedy": True, "batch": 5, "penalty": 1.0}
+    same = {"greedy": True, "rows": 5, "penalty": 1.0}
     assert scripted == [("perceive", {**same, "max_tokens": 7}), *[("both", {**same, "max_tokens": 9})] * 3]
 
 
@@ -82,13 +97,6 @@ def test_the_modes(scripted):
     assert [name for name, _ in scripted] == ["perceive", "crops"]
     records = list(evaluation.ask(None, None, EXAMPLES[:1] * 9, Protocol(batch=2)))
     assert len(records) == 9 and records[8]["perceived"] == records[0]["perceived"] and records[0]["boxes"] == [[150, 150, 250, 250, "x"]]
-
-
-def test_at_most_so_many_boxes(scripted, monkeypatch):
-    three = json.dumps([{"bbox_2d": [x, 0, x + 50, 50], "label": "x"} for x in (600, 100, 300)])
-    monkeypatch.setattr(evaluation, "perceive", lambda model, codec, some, **how: (group(three) for _ in some))
-    assert [[b[0] for b in r["boxes"]] for r in evaluation.ask(None, None, EXAMPLES[:1], Protocol(max_boxes=2))] == [[600, 100]]
-    assert len(next(evaluation.ask(None, None, EXAMPLES[:1], Protocol()))["boxes"]) == 3
 
 
 # ---------------------------------------------------------------------------------------------
@@ -115,12 +123,13 @@ def test_wilson_interval():
     and the two ends, where a normal interval would leave 0..1."""
     assert wilson(0.8, 10) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))
     assert wilson(0.0, 10) == (pytest.approx(0, abs=1e-12), pytest.approx(0.2775, abs=1e-4))
-    assert wilson(1.0, 10)[1] == pytest.approx(1)
+    for n in range(1, 400):                                               # rounding must not lead outside
+        assert wilson(1.0, n)[1] <= 1 and wilson(0.0, n)[0] >= 0
 
 
 def table(capsys, records, spec):
     evaluation.print_benchmark(records, "m in mode p2r", spec)
-    return {line[:24].strip(): line[24:].split() for line in capsys.readouterr().out.splitlines()[2:-1]}
+    return {line[:26].strip(): line[26:].split() for line in capsys.readouterr().out.splitlines()[1:-1]}
 
 
 def test_vstar_table_beside_the_published_rows(capsys):
@@ -142,17 +151,36 @@ def test_hr_bench_by_resolution(capsys, spec, row):
 def test_mme_columns(capsys):
     records = [record(f"{task}/{name}", i % 2) for i, (task, name) in enumerate(
         [("Perception", "Remote Sensing"), ("Perception", "OCR with Complex Context"), ("Reasoning", "Autonomous_Driving")])]
-    rows = table(capsys, records, "mme")
+    rows = table(capsys, records, "yifanzhang114/MME-RealWorld-lite-lmms-eval")
     assert rows[""] == ["p-OCR", "p-RS", "r-AD", "overall"] and rows["this run"] == ["100.0", "0.0", "0.0", "33.3"]
     assert rows["P2R-2B, published"] == ["88.4", "43.3", "35.5", "51.3"] and rows["Qwen3-VL-4B, published"] == ["-", "-", "-", "47.7"]
+    for spec in ("yifanzhang114/MME-RealWorld-lite-lmms-eval/data/test.parquet", "MME-RealWorld-Lite.tsv"):
+        assert "P2R-2B, published" in table(capsys, records, spec)
+    evaluation.print_benchmark(records, "m", "yifanzhang114/MME-RealWorld-Lmms-eval")          # the full set is not the Lite one
+    assert "Lite" not in (said := capsys.readouterr().out) and "published" not in said
 
+
+def test_rows_that_contradict_themselves_are_marked():
+    """HR-Bench's overall value is the mean of its halves, which have 400 questions each. Where the paper's is not, by more
+    than rounding (0.15 at most), the row must be marked; no other may be."""
+    tables = json.loads((ROOT / "assets" / "published.json").read_text())
+    for title in ("HR-Bench 4K", "HR-Bench 8K"):
+        off = [who for who, (single, cross, overall) in tables[title]["rows"].items() if abs((single + cross) / 2 - overall) > 0.2]
+        assert off == tables[title]["doubtful"] and len(off) == 1
+    marked = [tables[title]["doubtful"] for title in ("V*", "MME-RealWorld-Lite")]
+    assert marked == [[], []]
+
+
+def test_a_marked_row_is_printed_so(capsys):
+    rows = table(capsys, [record("single", 1, "cycle_0")], "HRBench4K.tsv")
+    assert rows["P2R-8B, published *"] == ["93.5", "81.5"] and "P2R-4B, published" in rows
 
 def test_the_line_below_the_table(capsys):
     """Two boxes of 1 % and 3 % on two questions, one unparsable, one without an answer."""
     evaluation.print_benchmark([record("x", 1, boxes=[[0, 0, 100, 100, "a"], [0, 0, 100, 300, "b"]]),
                                 record("x", 0, parsable=False, answered=False)], "m", "own.jsonl", 2.5)
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last == ("1.00 boxes a question of 2.0% of the image; without an answer 50.0%, judged 0.0%, unparsable boxes 50.0%; "
+    assert last == ("1.00 boxes a question of 2.0% of the image, without an answer 50.0%, judged 0.0%, unparsable boxes 50.0%; "
                     "2.50 questions/s")
 
 
@@ -170,7 +198,7 @@ def data(tmp_path):
 
 
 def flags(folder, data, out, *more):
-    return ["--model", str(folder), "--data", str(data), "--out", str(out), "--max-pixels", "4096", "--min-pixels", "4096",
+    return ["--model", str(folder), "--data", str(data), "--out", str(out), "--max-pixels", "4096",
             "--perceive-tokens", "6", "--reason-tokens", "5", "--batch", "1", "--pictures", "2", *more]
 
 
@@ -191,8 +219,8 @@ def test_a_killed_run_goes_on_where_it_stopped(folder, data, tmp_path, monkeypat
         return real(model, codec, some, **how)
 
     monkeypatch.setattr(evaluation, "perceive", killed)
-    with pytest.raises(KeyboardInterrupt):
-        main(flags(folder, data, tmp_path / "cut"))
+    assert main(flags(folder, data, tmp_path / "cut")) == 128 + signal.SIGINT
+    assert "eval.py: stopped by SIGINT" in capsys.readouterr().err
     results = tmp_path / "cut" / "results.jsonl"
     assert len(results.read_text().splitlines()) == 4
     results.write_text(results.read_text()[:-20])                                  # ... and the disk lost the end of the fourth
@@ -221,68 +249,202 @@ def test_an_error_leaves_nothing_in_the_way(folder, data, tmp_path, capsys):
     assert main(flags(folder, data, tmp_path / "run", "--limit", "1")) == 2 and "not JSON" in capsys.readouterr().err
 
 
-def test_the_score_is_recomputed_without_a_model(folder, data, tmp_path, capsys):
-    assert main(flags(folder, data, tmp_path / "run")) == 0
-    file = tmp_path / "run" / "results.jsonl"
-    records = [json.loads(line) for line in file.read_text().splitlines()]
-    records[0] |= {"reasoned": "<answer>Down!</answer>", "reward": 0.0}
-    records[1] |= {"reasoned": "<answer>downwards</answer>", "reward": 1.0, "judged": True}    # a judge said yes: kept
-    records[2] |= {"reasoned": "<answer>up</answer>", "reward": 1.0}
-    file.write_text("".join(json.dumps(r) + "\n" for r in records))
-    capsys.readouterr()
-    assert main(["--score", str(file)]) == 0
-    assert "this run                      33.3      33.3      33.3" in capsys.readouterr().out
-    assert main(["--score", str(tmp_path / "none.jsonl")]) == 2
-
-
 def test_limit_draws_the_same_questions_every_time(folder, data, tmp_path):
     for name in ("a", "b"):
         assert main(flags(folder, data, tmp_path / name, "--limit", "3", "--mode", "direct")) == 0
     assert (tmp_path / "a" / "results.jsonl").read_text() == (tmp_path / "b" / "results.jsonl").read_text()
     records = [json.loads(line) for line in (tmp_path / "a" / "results.jsonl").read_text().splitlines()]
-    assert len(records) == 3 and [r["id"] for r in records] == sorted({r["id"] for r in records})
+    assert len(records) == 3 and len({r["id"] for r in records}) == 3
     assert all(evaluation.answer_in(r["reasoned"]) is not None and r["perceived"] is None for r in records)
 
 
-def test_without_a_model_it_is_the_toy_and_says_so(data, tmp_path, capsys, monkeypatch):
-    scene = toy.make_scene(__import__("random").Random(5), 3)
-    toy.draw_scene(scene).save(tmp_path / "photo.png")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(toy, "write_data", lambda folder, count, seed, kinds: folder.mkdir())
-    question = toy.questions(scene)[0]
+def test_an_image_that_breaks_in_the_middle_is_left_out_and_the_run_goes_on(folder, data, tmp_path, capsys):
+    """The fifth image's body is cut off. The run stops there, names the file and the way out; with --skip-bad the same
+    command keeps what was answered and ends as if the image had never been in the data."""
+    sound = tmp_path / "sound.jsonl"
+    sound.write_text("".join(line + "\n" for line in data.read_text().splitlines() if '"4.png"' not in line))
+    rows = [json.loads(line) | {"id": i} for i, line in enumerate(data.read_text().splitlines())]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sound.write_text("".join(json.dumps(row) + "\n" for row in rows if row["id"] != 4))
+    whole = (tmp_path / "4.png").read_bytes()
+    (tmp_path / "4.png").write_bytes(whole[:len(whole) // 2])
+    assert main(flags(folder, data, tmp_path / "run")) == 2
+    error = capsys.readouterr().err
+    last = error.splitlines()[-1]
+    assert last.startswith("eval.py: ") and "4.png" in last and "--skip-bad" in last
+    results = tmp_path / "run" / "results.jsonl"
+    before = results.read_text()
+    assert len(before.splitlines()) == 4
+    assert main(flags(folder, data, tmp_path / "run", "--skip-bad")) == 0
+    assert results.read_text().startswith(before) and len(results.read_text().splitlines()) == 5
+    assert main(flags(folder, sound, tmp_path / "sound")) == 0
+    assert (tmp_path / "sound" / "results.jsonl").read_text() == results.read_text()
+
+
+def test_limit_keeps_its_questions_when_one_is_left_out(folder, data, tmp_path):
+    def asked(name, *more):
+        assert main(flags(folder, data, tmp_path / name, "--limit", "4", "--mode", "direct", *more)) == 0
+        return [json.loads(line)["question"] for line in (tmp_path / name / "results.jsonl").read_text().splitlines()]
+    first = asked("a")
+    rows = [json.loads(line) | {"id": i} for i, line in enumerate(data.read_text().splitlines(), start=1)]
+    gone = first[2]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows if row["question"] != gone))
+    then = asked("b")
+    assert then[:2] == first[:2] and then[2] == first[3] and gone not in then and len(then) == 4
+
+
+def test_a_picture_of_ones_own(folder, tmp_path, capsys):
+    noise(300, 200).save(tmp_path / "photo.png")
+    arguments = ["--model", str(folder), "--image", str(tmp_path / "photo.png"), "--question", "What is it?", "--out", str(tmp_path / "pictures"),
+                 "--max-pixels", "4096", "--perceive-tokens", "4", "--reason-tokens", "4"]
     for file in ("photo-1.png", "photo-2.png"):                                    # never written over
-        assert main(["--image", str(tmp_path / "photo.png"), "--question", question.text, "--out", str(tmp_path / "pictures")]) == 0
+        assert main(arguments) == 0
         said = capsys.readouterr().out
-        assert "embedded toy" in said and "pixels (" in said and file in said
-        assert any(f"answer   {way}" in said for way in toy.WAYS)
+        assert "answer   (none" in said and file in said
         assert Image.open(tmp_path / "pictures" / file).width == 1200
 
 
+def test_boxes_and_answer_are_printed_in_pixels_and_without_control_characters(folder, tmp_path, capsys, monkeypatch):
+    noise(400, 200).save(tmp_path / "photo.png")
+    boxes = json.dumps([{"bbox_2d": [0, 0, 500, 500], "label": "sign\x1b[2J"}])
+    monkeypatch.setattr(evaluation, "perceive", lambda *a, **how: iter([group(boxes)]))
+    monkeypatch.setattr(evaluation, "reason", lambda *a, **how: iter([group("<answer>EXIT\x07\u202e</answer>")]))
+    assert main(["--model", str(folder), "--image", str(tmp_path / "photo.png"), "--question", "What?", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "red      sign\\x1b[2J: pixels (0, 0, 200, 100)" in said and "answer   EXIT\\x07\\u202e" in said
+    assert printable("caf\u00e9 \u7b54") == "caf\u00e9 \u7b54"
+
+
+def test_without_a_model_a_picture_is_refused_in_one_sentence(tmp_path, capsys):
+    noise(20, 20).save(tmp_path / "a.png")
+    assert main(["--image", str(tmp_path / "a.png"), "--question", "What?"]) == 2
+    error = capsys.readouterr().err
+    assert "toy" in error and "--model Qwen/Qwen3-VL-2B-Instruct" in error and error.count("\n") == 1
+
+
+def test_a_trained_model_brings_its_budgets(folder, data, tmp_path, capsys):
+    """final/p2r.json fills in what no flag says; a flag wins."""
+    final = tmp_path / "run" / "final"
+    final.mkdir(parents=True)
+    for file in Path(folder).iterdir():
+        (final / file.name).symlink_to(file)
+    own = {"max_pixels": 4096, "perceive_tokens": 6, "reason_tokens": 7, "evidence": "crops"}
+    (final / "p2r.json").write_text(json.dumps(own))
+    given = ["--model", str(final), "--data", str(data), "--limit", "1", "--reason-tokens", "5", "--pictures", "0"]
+    assert main([*given, "--out", str(tmp_path / "out")]) == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {name: config[name] for name in own} == own | {"reason_tokens": 5} and config["penalty"] == 1.05
+    assert "perceive_tokens 6" in capsys.readouterr().out
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    assert main(["--model", str(tmp_path / "run"), "--data", str(data)]) == 2
+    assert f"{tmp_path / 'run' / 'final'}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("more, message", [
-    (["--image", "none.png", "--question", "What?"], "none.png"),
-    (["--image", "none.png"], "--question"),
+    (["--model", "m", "--image", "none.png", "--question", "What?"], "--image none.png: there is no such file"),
+    (["--model", "m", "--image", "a.png"], "--question"),
+    (["--question", "What?"], "--image"),
     (["--model", "none"], "--data"),
     (["--model", "none", "--image", "a.png", "--question", "What?"], "--model none"),
     (["--data", "none.jsonl"], "--data none.jsonl"),
-    (["--image", "a.png", "--question", "What?", "--batch", "0"], "--batch 0"),
-    (["--image", "a.png", "--question", "What?", "--penalty", "0"], "--penalty 0"),
-    (["--image", "a.png", "--question", "What?", "--out", "a.png"], "a.png"),
-    (["--score", "a.png"], "--score a.png"),
+    (["--data", ""], "--data is empty"), (["--image", "", "--question", "What?"], "--image is empty"), (["--model", ""], "--model is empty"),
+    (["--batch", "0"], "--batch 0"), (["--batch", "-1"], "--batch -1"), (["--penalty", "0"], "--penalty 0"), (["--penalty", "nan"], "--penalty nan"),
+    (["--penalty", "inf"], "--penalty inf"), (["--limit", "-1"], "--limit -1"), (["--pictures", "-1"], "--pictures -1"),
+    (["--max-pixels", "0"], "--max-pixels 0"), (["--mode", "guess"], "--mode guess"), (["--evidence", "all"], "--evidence all"),
+    (["--answer-form", "essay"], "--answer-form essay"),
+    (["--out", "a.png", "--limit", "1"], "a.png"),
 ])
 def test_bad_input_is_one_sentence(more, message, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(toy, "write_data", lambda folder, count, seed, kinds: folder.mkdir())
+    noise(20, 20).save(tmp_path / "a.png")
+    (tmp_path / "world.jsonl").write_text(json.dumps({"image": "a.png", "question": "What?", "answer": "red"}) + "\n")
+    toys = {"model": "toy", "eval_data": str(tmp_path / "world.jsonl"), "max_pixels": 4096, "perceive_tokens": 4, "reason_tokens": 4}
+    monkeypatch.setattr(toy, "defaults", lambda *a: toys)
     monkeypatch.chdir(tmp_path)
-    noise(20, 20).save("a.png")
     assert main(more) == 2
     error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    assert message in error and error.count("\n") == 1 and "field" not in error
 
 
-def test_unknown_choices_are_refused():
-    for flag in (["--evidence", "all"], ["--mode", "guess"]):
-        with pytest.raises(SystemExit):
-            main(flag)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_program_with_one_line(number, capsys):
+    before = signal.getsignal(number)
+
+    def work(arguments):
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+
+    assert run_program("prog", work, hint="the same command goes on") == 128 + number
+    assert capsys.readouterr().err.strip() == f"prog: stopped by {number.name}; the same command goes on"
+    assert signal.getsignal(number) == before
+
+
+def test_what_a_user_can_mend_is_one_line_and_a_fault_of_ours_is_not_hidden(capsys):
+    def fails(error):
+        def work(arguments):
+            raise error
+        return work
+    assert run_program("prog", fails(InputError("--data x: no"))) == 2 and capsys.readouterr().err == "prog: --data x: no\n"
+    assert run_program("prog", fails(PermissionError(13, "denied", "x"))) == 2 and capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(ZeroDivisionError):
+        run_program("prog", fails(ZeroDivisionError()))
+    assert run_program("prog", lambda arguments: None) == 0
+
+
+def test_ctrl_c_while_torch_is_imported_prints_no_traceback():
+    """The module sets the signal's default action before anything heavy is imported."""
+    process = subprocess.Popen([sys.executable, str(ROOT / "eval.py"), "--help"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    time.sleep(0.7)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode in (-signal.SIGINT, 0) and b"Traceback" not in error
+
+
+# ---------------------------------------------------------------------------------------------
+# Flags
+
+
+@dataclass
+class Knobs:
+    """Not # a comment."""
+    # What is asked
+    name: str = ""        # a name, with a colon: and 10 % of something
+    share: float = 0.5    # a help text that goes on
+                          # in a second line
+
+    # How long
+    steps: int = 3        # how many
+    fast: bool = False    # hurry up
+
+    def check(self):
+        # not a help text
+        limit: int = 3    # neither
+        return limit
+
+
+def test_flags_come_from_the_comments(capsys):
+    import argparse
+    parser = argparse.ArgumentParser()
+    add_flags(parser, Knobs)
+    assert vars(parser.parse_args([])) == {}                                       # only what was given comes back
+    assert vars(parser.parse_args(["--share", "0.25", "--fast", "--name", ""])) == {"share": 0.25, "fast": True, "name": ""}
+    assert vars(parser.parse_args(["--no-fast"])) == {"fast": False}
+    text = " ".join(parser.format_help().split("show this help")[1].split())
+    assert "a help text that goes on in a second line (default: 0.5)" in text and "10 % of something (default: none)" in text
+    assert text.index("What is asked:") < text.index("--name") < text.index("--share") < text.index("How long:") < text.index("--steps")
+    assert "neither" not in text and "not a help" not in text
+
+
+def test_a_columns_table(capsys):
+    """One column for each measurement, kinds of questions below where there are several."""
+    row = {"p2r": 0.5, "hit": None, "plain": 0.25, "oracle": 1.0, "n": 12, "categories": {"one": [0.5, 0.2]}}
+    evaluation.print_accuracy([("before", row), ("step 50", row | {"p2r": 0.75})])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line]
+    assert lines[0][-3:] == ["before", "step", "50"] and lines[1][-2:] == ["0.500", "0.750"] and lines[2][-2:] == ["-", "-"]
+    assert len(lines) == 5
+    both = row | {"categories": {"one": [0.5, 0.2], "two": [0.125, 0.2]}}
+    evaluation.print_accuracy([("before", both)])
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["p2r,", "two", "0.125"]
 
 
 def test_the_judge_of_a_vision_model_and_of_its_folder_are_one(folder, tiny):
