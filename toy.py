@@ -209,13 +209,15 @@ def defaults(kinds=("one",)):
     $XDG_CACHE_HOME); a change of this file makes new ones.
     """
     def fill(folder):
-        # As many questions as 100 steps of 16 draw, and held-out ones to measure with.
+        # No scene of training twice in 100 steps of 16, and others to measure with.
         write_data(folder / "train", 1600, "train", kinds)
         write_data(folder / "held_out", 300 if len(kinds) == 1 else 210, "held-out", kinds)
 
+    # (A rate of 3e-4 learns no more, and in one of eight seeds unlearned how to answer after 40
+    # steps of perception: the roles share their weights.)
     version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
     data = rollout.cached(f"toy-{'-'.join(kinds)}-{version}", fill)
     return dict(
         model=str(WARM_START), data=str(data / "train"), eval_data=str(data / "held_out"),
-        steps=50, eval_every=50, questions=16, lr=3e-4, max_pixels=BUDGET, perceive_tokens=48,
+        steps=40, eval_every=40, questions=16, lr=2e-4, max_pixels=BUDGET, perceive_tokens=48,
         reason_tokens=16, rollout_batch=16, partner_batch=128, judge="none", checkpointing=False)
