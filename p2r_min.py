@@ -596,7 +596,7 @@ class Run:
     """
 
     def __init__(self, s, resumed):
-        self.s = s
+        self.s, self.resumed = s, resumed
         self.folder = Path(s.out or next_free_folder(s.model))
         self.step, self.accuracy = 0, {}      # steps done; step -> eval.evaluate's dict
         self.interrupt = None                 # number of the signal that asked to stop
@@ -611,7 +611,7 @@ class Run:
         self.lock = lock(self.folder / "lock")  # two processes would destroy each other's logs
 
         # What the next step depends on. A phase that begins there makes its own frozen copy.
-        if self.checkpoints():
+        if self.resumed and self.checkpoints():
             newest = self.checkpoints()[-1]
             try:
                 optimizer.load(newest)
