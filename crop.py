@@ -14,6 +14,7 @@ The model's text is data. It is never evaluated, and every reader here takes tim
 import json
 import math
 import re
+import textwrap
 from typing import NamedTuple
 
 import numpy as np
@@ -274,11 +275,12 @@ def to_rgb(image):
 
 PAGE = 1200            # width of the picture for people; its height follows. All in pixels
 GAP = 20
-CELL = 256             # side of a small tile at most: four of them fill a row
+CELL = 256             # side of a small tile, at most: four of them fill a row
 MAIN = PAGE - 2 * CELL - 4 * GAP  # the large one leaves room for two of them beside it
 CAPTION = 24
 LINE = 28              # a line of text below the tiles
-INDENT = 130           # where its text begins, after its title
+INDENT = 130           # where the text itself begins, after its title
+CHARACTERS = 76        # of one line: even capitals fit into the page
 
 
 def picture(image, boxes, question, texts, seen=()):
@@ -303,23 +305,25 @@ def picture(image, boxes, question, texts, seen=()):
         tiles.append((view, f"{what}: {view.width} x {view.height}", "#000000"))
     for number, crop in enumerate(crops):
         tiles.append((crop, f"crop {number + 1}", colour_of(number)))
+    tiles = [(_fit(tile, CELL, CELL), *more) for tile, *more in tiles]
 
-    # They stand in rows of cells: beside the large image, or below it if it takes the whole width.
+    # They stand in rows: beside the large image, or below it if it takes the whole width.
     first = GAP if wide else 2 * GAP + main.width
-    x, y = first, GAP
+    x, y, tallest = first, GAP, 0
     if wide:
         y += main.height + GAP
     places = []
-    for tile in tiles:
+    for tile, _, _ in tiles:
         if x + CELL + GAP > PAGE:
-            x, y = first, y + CELL + CAPTION + GAP
+            x, y, tallest = first, y + tallest, 0
         places.append((x, y))
         x += CELL + GAP
+        tallest = max(tallest, CAPTION + tile.height + GAP)
 
-    # The text is broken into lines, and then the height of the page is known.
-    bottom = max([GAP + main.height, y + CELL + CAPTION])
-    lines = _lines([("question", question), *texts], PAGE - 2 * GAP - INDENT)
-    page = Image.new("RGB", (PAGE, bottom + GAP + LINE * len(lines) + GAP), "white")
+    # Below all of them comes the text. Once it is broken into lines, the page's height is known.
+    top = max(main.height + 2 * GAP, y + tallest)
+    lines = _lines([("question", question), *texts])
+    page = Image.new("RGB", (PAGE, top + LINE * len(lines) + GAP), "white")
     draw = ImageDraw.Draw(page)
     small, large = ImageFont.load_default(16), ImageFont.load_default(20)
 
@@ -327,12 +331,11 @@ def picture(image, boxes, question, texts, seen=()):
     page.paste(main, (GAP, GAP))
     for (tile, caption, colour), (x, y) in zip(tiles, places):
         draw.text((x, y), caption, fill="black", font=small)
-        tile = _fit(tile, CELL, CELL)
-        page.paste(tile, (x, y + CAPTION))
-        draw.rectangle((x - 3, y + CAPTION - 3, x + tile.width + 2, y + CAPTION + tile.height + 2),
-                       outline=colour, width=3)
+        y += CAPTION
+        draw.rectangle((x - 3, y - 3, x + tile.width + 2, y + tile.height + 2), fill=colour)
+        page.paste(tile, (x, y))
     for row, (title, line) in enumerate(lines):
-        y = bottom + GAP + LINE * row
+        y = top + LINE * row
         draw.text((GAP, y), title, fill="#888888", font=large)
         draw.text((GAP + INDENT, y), line, fill="black", font=large)
     return page
@@ -349,19 +352,13 @@ def _fit(image, width, height):
     return image.resize(size, how)
 
 
-def _lines(texts, width):
-    """[(title, text)] -> [(title or "", line)], each line at most `width` pixels wide."""
-    font = ImageFont.load_default(20)
+def _lines(texts):
+    """[(title, text)] -> [(title or "", line)], each line short enough for the page."""
     lines = []
     for title, text in texts:
         for paragraph in text.split("\n"):
-            line = ""
-            # Words of more than 40 characters are broken, and white space is kept.
-            for word in re.findall(r"\S{1,40}\s*|\s+", paragraph):
-                if line and font.getlength(line + word) > width:
-                    lines.append((title, line))
-                    title, line = "", ""
-                line += word
-            lines.append((title, line))
-            title = ""
+            # An empty paragraph is an empty line.
+            for line in textwrap.wrap(paragraph, CHARACTERS) or [""]:
+                lines.append((title, line))
+                title = ""
     return lines

@@ -278,7 +278,8 @@ def evaluate(model, codec, examples, protocol, judge=None):
     asked = {}
     for mode, some in (("p2r", examples), ("think", examples), ("oracle", boxed)):
         records = ask(model, codec, some, dataclasses.replace(protocol, mode=mode), judge)
-        asked[mode] = list(tqdm(records, f"eval {mode}", total=len(some), leave=False, unit="q"))
+        asked[mode] = list(tqdm(records, f"eval {mode}", total=len(some), leave=False, unit="q",
+                                  disable=None))
 
     # By category: the method and the baseline side by side.
     categories = {}
@@ -642,7 +643,8 @@ def load_data(spec, images=None, skip_bad=False, flag="--data"):
     examples, bad, used, reread = [], [], {}, []
     for file in data_files(spec, flag):
         kind = "line" if file.suffix == ".jsonl" else "row"
-        rows = tqdm(rows_of(file), f"checking {file.name}", delay=2, leave=False)
+        rows = tqdm(rows_of(file), f"checking {file.name}", delay=2, leave=False,
+                    disable=None)
 
         # Whatever is wrong with a row becomes one sentence that says where it stands.
         for number, row, image in rows:
@@ -754,7 +756,8 @@ def unpacked_rows(file):
         places = {}  # a row's index -> the image that is stored in it
         (folder / "images").mkdir()
         with (folder / "rows.jsonl").open("w") as out:
-            for row in tqdm(table_rows(file), f"unpacking {file.name}, once", delay=2):
+            for row in tqdm(table_rows(file), f"unpacking {file.name}, once", delay=2,
+                            disable=None):
                 column, cell = row_value(row, "image")
                 content, image = encoded_image(cell), None
                 if content is not None:
@@ -1308,7 +1311,8 @@ def run_data(task, protocol):
     rest, start = examples[len(records):], time.perf_counter()
     asked = ask(model, codec, rest, protocol, judge)
     with results.open("a") as lines:
-        for record in tqdm(asked, "asking", initial=len(records), total=len(examples), unit="q"):
+        for record in tqdm(asked, "asking", initial=len(records), total=len(examples), unit="q",
+                           disable=None):
             lines.write(json.dumps(record) + "\n")
             lines.flush()
             records.append(record)

@@ -135,6 +135,8 @@ def response_logprobs(model, row, banned, chunk=512):
     banned: ids that cannot be sampled; they are left out here, too, so both distributions agree.
     Returns logp (T,) float32 with gradient, and entropy (T,) without.
     """
+    # One forward over the whole row. (With positions, a layout and pixels of our own, the library
+    # needs to derive nothing.) Then only the places that predict response tokens.
     hidden = model.model(
         input_ids=row.ids, position_ids=row.positions, attention_mask=row.layout,
         pixel_values=row.pixels, image_grid_thw=row.grids, use_cache=False).last_hidden_state
@@ -239,6 +241,7 @@ class MasterAdamW:
 
     def state(self):
         """What a checkpoint keeps, as {file: {name: tensor}}: masters and Adam's moments."""
+        # The weights are not kept: they are the masters, rounded.
         moments = {}
         for name, master in zip(self.names, self.masters):
             for kind, value in self.adam.state[master].items():
@@ -247,10 +250,12 @@ class MasterAdamW:
 
     def load(self, folder):
         """Masters, weights and moments from the safetensors files of a checkpoint folder."""
-        load_into(dict(zip(self.names, self.masters)), folder / "masters.safetensors")
-        self.round_weights()
-        self.forget_moments()
         master_of = dict(zip(self.names, self.masters))
+        load_into(master_of, folder / "masters.safetensors")
+        self.round_weights()
+
+        # Adam makes its moments at the first step, so there are none to copy into.
+        self.forget_moments()
         with safe_open(folder / "moments.safetensors", "pt") as file:
             for key in file.keys():
                 name, _, kind = key.rpartition(".")
@@ -267,10 +272,12 @@ def load_into(tensors, file):
 
 
 def checkpoint_activations(policy):
-    """Let the policy's layers keep only their inputs and recompute the rest in the backward pass.
-    (It acts in train mode only. transformers renamed the switch.)"""
-    switch = getattr(policy, "activation_checkpointing_enable", policy.gradient_checkpointing_enable)
-    switch({"use_reentrant": False})
+    """Let the policy's layers keep only their inputs, and compute the rest again in the backward
+    pass: a third more work, for a fraction of the memory. It acts in train mode only."""
+    if hasattr(policy, "activation_checkpointing_enable"):  # its name since transformers 5.2x
+        policy.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 @out_of_memory("updating", "halve --max-pixels in a new run (then --reason-tokens or --group), "

@@ -141,6 +141,7 @@ class Settings:
 
     def check(self):
         """Raises InputError for the first setting that cannot work."""
+        # (isfinite refuses NaN, which would pass every comparison.)
         positive = ("iterations", "steps", "questions", "updates", "lr", "clip", "max_grad_norm",
                     "max_pixels", "perceive_tokens", "reason_tokens", "rollout_batch",
                     "partner_batch")
@@ -150,6 +151,8 @@ class Settings:
             if not math.isfinite(value) or value < 0 or (value == 0 and name in positive):
                 least = "more than 0" if name in positive else "0 or more"
                 raise InputError(f"{flag} {value} must be {least}")
+
+        # What no single range tells.
         if self.seed >= 2**32:
             raise InputError(f"--seed {self.seed} must be less than {2**32}")
         if self.group < 2:
@@ -410,6 +413,7 @@ def questions_of(examples, step, s):
 
 def main(arguments=None):
     """The command line, made from Settings. A given flag wins over the toy's or the run's value."""
+    # Only flags that were given are in `given`.
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     evaluation.add_flags(parser, Settings)
     parser.add_argument("--resume", metavar="RUN", help="go on with this run; flags given here win")
@@ -429,7 +433,7 @@ def main(arguments=None):
 
     # Tell what is going to happen. Thirty settings are only listed for whoever asks about one.
     phases = " and ".join(dict.fromkeys(SCHEDULES[s.schedule]))
-    print(f"{s.total} steps ({phases}) of {s.questions} questions x {s.group} samples, on {s.data}")
+    print(f"{s.total} steps ({phases}), {s.questions} questions x {s.group} samples a step.")
     print("In each phase one role is trained; a frozen copy of the model plays the other.")
     if given:
         for name, value in dataclasses.asdict(s).items():
@@ -463,6 +467,7 @@ def prepare(s):
     if s.eval_data:
         held_out = evaluation.load_data(s.eval_data, s.images, s.skip_bad, "--eval-data")
 
+    # Whether questions fit into a prompt is known once there is a tokenizer.
     policy, codec = load(find(s.model), s.max_pixels)
     longest = max(s.perceive_tokens, s.reason_tokens)
     examples = fitting(codec, examples, longest, s.skip_bad)
@@ -470,6 +475,7 @@ def prepare(s):
     if s.checkpointing:
         grpo.checkpoint_activations(policy)
 
+    # "self" stays a word: the frozen copy that it means does not exist yet.
     judge = None if s.judge == "none" else s.judge
     if judge not in ("self", None):
         judge = evaluation.Judge.load(s.judge, policy.device)
@@ -489,67 +495,78 @@ def measure(players, held_out, s):
 def metrics_of(experience):
     """What a step's rollouts say, as a dict for metrics.jsonl. Shares are of 1; None: of nothing.
 
-    reward_mean      should rise over tens of steps
-    reward_std       spread inside a group, mean over groups
-    zero_variance    groups whose samples all earned the same: they teach nothing. Near 1: the
-                     questions are too easy or too hard
-    tokens           sampled tokens of the trained role, of the whole step
-    response_tokens  the same, a response; collapses with the reward: lower --lr
-    truncated        responses cut off by the token limit
-    void             rollouts that earned 0 by the paper's rule on boxes (crop.violation)
-    unparsable       Perceiver outputs without a box list; they earn what [] earns
-    boxes, box_area  boxes of a Perceiver output; mean share of the image that a box covers
-    whole_boxes      boxes that cover nearly everything (crop.WHOLE). The paper pays for them, too:
-                     rising with the reward, they mean that nothing is pointed at any more
-    unanswered       answers of the trained Reasoner without <answer>: they earn 0
-    untagged         answers of the frozen Reasoner without <answer>: they are read as a whole
-    judged           answers that went to the judge. A jump with the reward: it may be fooled
-    partner_calls    prompts that the frozen copy answered
+    What the update adds is explained at grpo.update_batch.
     """
+    # What the trained role wrote, and what it earned.
     rollouts = experience.rollouts
     completions = [c for group in experience.groups for c in group.completions]
     rewards = torch.tensor([rollout.reward for rollout in rollouts])             # (Q G,)
     by_group = rewards.split([len(group.completions) for group in experience.groups])
     tokens = sum(len(c.ids) for c in completions)
 
-    # A rollout's own tokens are its box list in the perception phase, its answer in the reasoning
-    # phase. Only the trained role's answers need tags.
-    trained = {id(c) for c in completions}
+    # What the Perceiver wrote, whoever played it.
     looks = [rollout.perceived.parsed for rollout in rollouts if rollout.perceived]
     boxes = [box for parsed in looks for box in parsed.boxes]
+
+    # What the Reasoner wrote. Only the trained role's answers need tags.
+    trained = {id(c) for c in completions}
     scored = [rollout for rollout in rollouts if rollout.score]
     own = [rollout.score for rollout in scored if id(rollout.answer) in trained]
     partners = [rollout.score for rollout in scored if id(rollout.answer) not in trained]
 
     return {
+        # Rises over tens of steps. The spread inside a group is what GRPO learns from.
         "reward_mean": rewards.mean().item(),
         "reward_std": mean(group.std() for group in by_group),
+
+        # Groups whose samples all earned the same teach nothing. Near 1: the questions are too easy
+        # or too hard, or --group is too small.
         "zero_variance": mean((group == group[0]).all() for group in by_group),
+
+        # Sampled tokens of the trained role. Responses that shrink with the reward: lower --lr.
+        # Cut off by the limit: raise --perceive-tokens or --reason-tokens.
         "tokens": tokens,
         "response_tokens": tokens / len(completions),
         "truncated": mean(not c.ended for c in completions),
+
+        # Rollouts that earned 0 by the paper's rule on boxes. Rising: the Perceiver tries all.
         "void": mean(rollout.void is not None for rollout in rollouts),
+
+        # Perceiver outputs without a box list: they earn what [] earns. Rising: lower --lr.
         "unparsable": mean(not parsed.parsable for parsed in looks),
+
+        # Boxes of an output; share of the image that a box covers; boxes that cover nearly all of
+        # it. The paper pays for those, too: growing with the reward, they no longer point at a thing.
         "boxes": mean(len(parsed.boxes) for parsed in looks),
         "box_area": mean(box.area for box in boxes),
         "whole_boxes": mean(box.area >= WHOLE for box in boxes),
+
+        # Answers without <answer>: of the trained Reasoner (they earn 0), of the frozen one (they
+        # are read as a whole).
         "unanswered": mean(not score.answered for score in own),
         "untagged": mean(not score.answered for score in partners),
+
+        # Answers that went to the judge. A jump together with the reward: it may be fooled.
         "judged": mean(rollout.score.judged for rollout in scored),
+
+        # Prompts that the frozen copy answered.
         "partner_calls": experience.partner_calls,
     }
 
 
 def save_sample(folder, step, phase, rollout, codec):
     """One rollout as a picture for people: the evidence, what the model sees of it, all texts."""
+    # What each role wrote, as people are shown it.
     example = rollout.example
-    image = example.load_image()
-    _, crops = gather(image, rollout.boxes)
     unasked = f"(not asked: the boxes are void, {rollout.void})"
     texts = [("perceiver", str(rollout.perceived or "(nobody perceives)")),
              ("reasoner", str(rollout.answer or unasked)),
              ("truth", example.answer),
              ("reward", f"{rollout.reward:g}")]
+
+    # The first crop beside the whole image shows why the model must point.
+    image = example.load_image()
+    _, crops = gather(image, rollout.boxes)
     seen = [codec.scaled(part) for part in [image, *crops[:1]]]
     page = picture(image, rollout.boxes, example.question, texts, seen)
     folder.mkdir(exist_ok=True)
@@ -579,7 +596,7 @@ class Run:
     """
 
     def __init__(self, s, resumed):
-        self.s, self.resumed = s, resumed
+        self.s = s
         self.folder = Path(s.out or next_free_folder(s.model))
         self.step, self.accuracy = 0, {}      # steps done; step -> eval.evaluate's dict
         self.interrupt = None                 # number of the signal that asked to stop
@@ -660,6 +677,7 @@ class Run:
 
     def save(self):
         """All that the next step depends on. Raises InputError for weights that are not finite."""
+        # A policy that is not a number would go on as one for ever.
         tensors = self.optimizer.state()
         tensors["frozen"] = dict(self.players.frozen.named_parameters())
         for name, master in tensors["masters"].items():
@@ -667,7 +685,7 @@ class Run:
                 raise InputError(f"{name} is not finite after step {self.step}: not saved; resume "
                                  f"with a lower --lr")
 
-        # The newest two stay: one may be all there is when the power goes while a third is written.
+        # The newest two stay: should one turn out unreadable, the other is there.
         with written(self.folder / "checkpoints" / f"step-{self.step:05d}") as new:
             new.mkdir(parents=True)
             for name, group in tensors.items():
@@ -683,7 +701,8 @@ class Run:
 
     def save_model(self, name):
         """The policy as a bf16 model folder, with the budgets that eval.py takes over."""
-        budgets = {key: getattr(self.s, key) for key in evaluation.BUDGETS}
+        shared = ("max_pixels", "perceive_tokens", "reason_tokens", "evidence")
+        budgets = {setting: getattr(self.s, setting) for setting in shared}
         (self.folder / "phases").mkdir(exist_ok=True)
         with written(self.folder / name) as new:
             write_model(self.players.policy, find(self.s.model), new)
@@ -694,6 +713,7 @@ class Run:
 
     def __exit__(self, kind, error, trace):
         """Say how to go on, whatever ended the run; after a mistake in the data, save first."""
+        # Everything outside the run is as it was before `begin`.
         if not self.lock:
             return
         self.lock.close()
@@ -702,6 +722,7 @@ class Run:
         if self.bar:
             self.bar.close()
 
+        # No traceback for what a user can mend, and always the command that goes on.
         again = f"go on with: python p2r_min.py --resume {shlex.quote(str(self.folder))}"
         if isinstance(error, InputError) and self.players.frozen:
             self.save()
@@ -715,8 +736,11 @@ class Run:
 
 def write_model(policy, source, folder):
     """An ordinary model folder: bf16 weights, and every other file of the folder `source`."""
+    # Tokenizer, image processor and configuration come along; weights of any format do not.
     others = (".*", "*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5")
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns(*others))
+
+    # (named_parameters lists tied weights once, as the original file does.)
     tensors = {name: p.detach().to(torch.bfloat16) for name, p in policy.named_parameters()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
@@ -825,4 +849,4 @@ def peak_gib():
 
 
 if __name__ == "__main__":
-    evaluation.run_program("p2r_min.py", main)
+    sys.exit(evaluation.run_program("p2r_min.py", main))

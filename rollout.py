@@ -268,23 +268,29 @@ class Codec:
 # long response holds up its own row only, and the number of decode steps is close to
 # (sum over prompts of the longest response) / rows.
 
-PREFILL = 16_384  # prompt tokens in one forward at most (one prompt at least): bounds its memory
-STRIDE = 64       # the columns that attention reads are rounded up to this: few shapes
+# Prompt tokens in one forward at most (one prompt at least): bounds the memory it works in.
+PREFILL = 16_384
+
+# The columns that attention reads are rounded up to this. A GPU likes to see few shapes; on a CPU
+# every column costs.
+STRIDE = 256 if torch.cuda.is_available() else 16
 
 
 class InProgress:
     """What a row in use holds: a prompt, and its G responses so far."""
 
     def __init__(self, order, prompt, group):
-        self.order = order              # the prompt's number: groups come out in the order asked
+        self.order = order                   # groups come out in the order in which they were asked
         self.prompt = prompt
         self.P = len(prompt.ids)
-        self.start = prompt.positions.max().item() + 1  # the position of every response's token 0
-        self.t = 0                      # tokens drawn so far by the responses that are alive
-        self.newest = []                # (G,) ids drawn last. Those of ended responses are fed to
-        #                                 the model like the others, but they are not kept.
-        self.alive = set(range(group))  # the responses that have not ended
-        self.responses = [[] for _ in range(group)]     # (token id, log-prob) pairs
+        self.start = prompt.positions.max().item() + 1  # position of every response's first token
+        self.responses = [[] for _ in range(group)]     # G lists of (token id, log-prob)
+        self.alive = set(range(group))       # the responses that have not ended
+        self.t = 0                           # tokens of each response that is alive
+
+        # (G,) the ids drawn last. Responses that have ended draw on, since a row is computed as a
+        # whole; what they draw is fed to the model, but not kept.
+        self.newest = []
 
     def take(self, ids, logps, stops, max_tokens):
         """Note one token of each response; those that end with it are no longer alive."""
@@ -387,27 +393,27 @@ class Table:
         self.rows = self.columns = 0
         self.layers = []  # [keys, values] of each layer, both (rows, columns, KV heads, head dim)
 
+        # Where the next forward writes: indices of rows and columns that broadcast to (n, L). What
+        # it attends to: the table's first (rows, columns); None: only what it writes itself.
+        self.target = self.read = None
+
     def reserve(self, rows, columns):
         """Make room for rows of `columns` columns. The first call decides how many rows: it comes
         with as many prompts as there are, or with as many as there are rows."""
         self.rows = self.rows or rows
         if columns > self.columns:
-            # By a quarter at least, so that it happens rarely; layer by layer, so that two tables
+            # By an eighth at least, so that it happens rarely; layer by layer, so that two tables
             # never exist at once. Zeros, because attention multiplies what it does not see by 0.
-            columns = max(columns, self.columns * 5 // 4)
+            columns = max(columns, self.columns * 9 // 8)
             self.columns = -(-columns // STRIDE) * STRIDE
             for layer in self.layers:
                 for i, old in enumerate(layer):
                     layer[i] = F.pad(old, (0, 0, 0, 0, 0, self.columns - old.shape[1]))
 
-    def aim(self, rows, columns, read=None):
-        """Where the next forward writes (indices that broadcast to (n, L)), and what it attends to:
-        the first n rows and w columns of the table if read = (n, w), else only what it writes."""
-        self.target, self.read = (rows, columns), read
-
     def update(self, keys, values, layer, *_, **__):
         """Called by each layer's attention with new keys and values, (n, KV heads, L, head dim).
         Returns those to attend to, (n, KV heads, columns, head dim)."""
+        # The first prefill tells how many layers there are, and their sizes.
         if layer == len(self.layers):
             shape = (self.rows, self.columns, keys.shape[1], keys.shape[3])
             self.layers.append([keys.new_zeros(shape), values.new_zeros(shape)])
@@ -437,7 +443,8 @@ def prefill(model, table, place, newcomers):
         inputs = right_padded(prompts, model.device)
         n, P = inputs["input_ids"].shape
         rows = torch.arange(place + start, place + start + n, device=model.device)
-        table.aim(rows[:, None], torch.arange(P, device=model.device))
+        table.target = rows[:, None], torch.arange(P, device=model.device)
+        table.read = None
 
         # A layout (see group_attention) of a prompt without responses means: causal.
         hidden = model.model(**inputs, attention_mask=torch.tensor([[[[P]]]]), use_cache=True,
@@ -482,7 +489,8 @@ def decode(model, table, active):
     mask = mask.repeat(1, config.num_attention_heads // config.num_key_value_heads, 1)[:, None]
 
     # All three axes of a text token's position are equal, and count on from the prompt's highest.
-    table.aim(torch.arange(n, device=device)[:, None], own, read=(n, width))
+    table.target = torch.arange(n, device=device)[:, None], own
+    table.read = n, width
     return model(input_ids=newest, position_ids=(start + t).expand(3, n, G), attention_mask=mask,
                  use_cache=True, **{CACHE: table}).logits
 
@@ -568,9 +576,20 @@ def direct(model, codec, examples, **how):
 
 
 # ---------------------------------------------------------------------------------------------
-# From here on: what the method needs but does not explain. Skip it on a first reading.
-#
-# Work beside the model
+# Skip on a first reading: what the method needs but does not explain
+
+
+class InputError(ValueError):
+    """Something a user can mend. The message is one sentence; the programs print it and exit 2."""
+
+
+@contextlib.contextmanager
+def out_of_memory(doing, remedy):
+    """Turns a GPU that is out of memory into an InputError that names the remedy."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise InputError(f"the GPU's memory ran out while {doing}: {remedy}") from error
 
 
 def prefetch(make, items, depth=16):
@@ -588,11 +607,7 @@ def prefetch(make, items, depth=16):
 
 def progress(items, text):
     """A progress bar for what takes longer than a few seconds; it leaves no trace."""
-    return tqdm(list(items), text, leave=False, delay=5, unit="prompt")
-
-
-# ---------------------------------------------------------------------------------------------
-# Evaluation's repetition penalty
+    return tqdm(list(items), text, leave=False, delay=5, unit="prompt", disable=None)
 
 
 def penalised(logits, active, penalty, codec):
@@ -613,23 +628,6 @@ def penalised(logits, active, penalty, codec):
     process = RepetitionPenaltyLogitsProcessor(penalty)
     scores = process(past.to(logits.device), logits.flatten(0, 1).float())      # (n G, V)
     return scores.view(logits.shape)
-
-
-# ---------------------------------------------------------------------------------------------
-# Errors
-
-
-class InputError(ValueError):
-    """Something a user can mend. The message is one sentence; the programs print it and exit 2."""
-
-
-@contextlib.contextmanager
-def out_of_memory(doing, remedy):
-    """Turns a GPU that is out of memory into an InputError that names the remedy."""
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError as error:
-        raise InputError(f"the GPU's memory ran out while {doing}: {remedy}") from error
 
 
 # ---------------------------------------------------------------------------------------------
@@ -710,10 +708,12 @@ def fitting(codec, examples, response_tokens, skip_bad=False):
     The text of both roles' prompts may have TEXT_TOKENS tokens; prompt (of an image and all crops)
     and response together as many as the model has positions.
     """
+    # Visual tokens are taken at their most, so that the boxes cannot matter.
     visual = (1 + MAX_CROPS) * (codec.size["longest_edge"] // codec.token_side**2)
     limit = min(TEXT_TOKENS, codec.positions - visual - response_tokens)
     fit, bad = [], []
     for example in examples:
+        # The text around the images counts, too: their tokens' stand-ins, the chat's own.
         reasoner = REASONER.format(regions=REGIONS["both"], question=example.question,
                                    form=FORMS[example.answer_form])
         rendered = (codec.render(PERCEIVER.format(question=example.question), 1),
@@ -726,6 +726,7 @@ def fitting(codec, examples, response_tokens, skip_bad=False):
             bad.append(f"{example.id} ({text} tokens of text, {limit} allowed)")
         else:
             fit.append(example)
+
     if bad:
         told = (f"{len(bad)} of {len(examples)} questions do not fit into a prompt: "
                 f"{', '.join(bad[:10])}")
@@ -785,11 +786,13 @@ def refuse_several(name, flag, repository, inside):
         listed = list_repo_files(repository, repo_type="dataset")
     except Exception:  # the hub cannot be asked; the download says why, or has it from before
         return
+
+    # Folders that begin with a dot hold no data. Shards of one file count as one.
     below = f"{inside}/" if inside else ""
     files = sorted(f for f in listed if f.startswith(below) and f.endswith(DATA_FILES))
-    if f"{below}data.jsonl" in files:
-        return
-    if len({re.sub(r"-\d+-of-\d+$", "", str(Path(f).with_suffix(""))) for f in files}) > 1:
+    files = [f for f in files if not f.startswith(".")]
+    sets = {re.sub(r"-\d+-of-\d+(?=\.\w+$)", "", f) for f in files}
+    if len(sets) > 1 and f"{below}data.jsonl" not in files:
         first = " or ".join(f"{repository}/{f}" for f in files[:4])
         raise InputError(f"{flag} {name} holds several data files: name one of them, as {first}")
 

@@ -297,10 +297,10 @@ def test_what_the_model_sees_is_enlarged_without_smoothing():
 
 
 def test_more_text_makes_a_longer_picture_and_none_of_it_is_lost():
-    """Long words are broken: nothing reaches beyond the right margin."""
+    """Long lines are broken: nothing reaches beyond the right margin, capitals included."""
     image = Image.new("RGB", (64, 64), "white")
     short = picture(image, [], "?", [("reasoner", "word")])
-    long = picture(image, [], "?", [("reasoner", "W" * 3000)])
+    long = picture(image, [], "?", [("reasoner", "THE QUICK BROWN FOX, JUMPING! " * 100)])
     assert long.height > short.height + 20 * 28
     margin = long.crop((1180, 0, 1200, long.height))
     assert colours_of(margin) == {(255, 255, 255)}

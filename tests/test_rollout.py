@@ -5,6 +5,7 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import bench
 import numpy
 import pytest
 import torch
@@ -421,49 +422,30 @@ def test_the_same_generator_gives_the_same_samples(tiny):
     assert runs[0] == runs[1] and len({tuple(ids) for ids, _ in runs[0]}) > 3
 
 
-def scripted(monkeypatch, lengths):
-    """Sampling without a model: prompt i ends after lengths[i] tokens (id 1 goes on, 0 ends).
-    Returns (stub of a model, codec, prompts, list of the prompts in each decode step)."""
-    steps = []
-
-    def logits(active):
-        ends = torch.tensor([row.t + 1 >= lengths[row.order] for row in active])
-        both = torch.stack([torch.where(ends, 0.0, -100.0), torch.where(ends, -100.0, 0.0)], dim=-1)
-        return both[:, None].expand(-1, len(active[0].responses), -1)           # (n, G, 2)
-
-    def decode(model, table, active):
-        steps.append([row.order for row in active])
-        return logits(active)
-
-    monkeypatch.setattr(rollout, "prefill", lambda m, t, place, new: logits(new)[:, 0])
-    monkeypatch.setattr(rollout, "decode", decode)
-    model = SimpleNamespace(eval=lambda: None, device=torch.device("cpu"))
-    none, zero = torch.tensor([], dtype=torch.long), torch.tensor([0])
-    codec = SimpleNamespace(banned=none, stop_ids=zero, decode=lambda ids: "")
-    prompts = [rollout.Prompt(zero, zero.expand(3, 1), None, None) for _ in lengths]
-    return model, codec, prompts, steps
-
-
-def test_a_long_response_holds_up_its_own_row_only(monkeypatch):
+def test_a_long_response_holds_up_its_own_row_only():
     """Two rows, and lengths 9, 2, 2, 3, 4: by hand, one row takes the 9, the other all the rest."""
-    model, codec, prompts, steps = scripted(monkeypatch, [9, 2, 2, 3, 4])
-    groups = list(sample(model, codec, prompts, greedy=True, group=2, max_tokens=20, rows=2))
-    assert [len(g.completions[1].ids) for g in groups] == [9, 2, 2, 3, 4]
-    assert [g.prompt is p for g, p in zip(groups, prompts)] == [True] * 5
+    lengths = [[9, 5], [2, 2], [2, 2], [2, 3], [4, 2]]
+    groups, steps = bench.scripted(lengths, rows=2)
+    assert [[len(c.ids) for c in group.completions] for group in groups] == lengths
     # A row whose responses have ended misses the forward that follows: the prefill of the next
     # prompt is in its place, and gives the first token.
     assert [sorted(step) for step in steps] == [[0, 1], [0], [0, 2], [0], [0, 3], [0, 3], [0],
                                                 [0, 4], [4], [4]]
 
 
-def test_steps_of_scripted_lengths_are_close_to_the_least_possible(monkeypatch):
-    """Log-normal lengths around 50 on four rows: within a tenth of (sum of lengths) / rows."""
-    torch.manual_seed(0)
-    lengths = (torch.randn(120) * 0.5 + 3.8).exp().clamp(2, 400).int().tolist()
-    model, codec, prompts, steps = scripted(monkeypatch, lengths)
-    groups = list(sample(model, codec, prompts, greedy=True, max_tokens=400, rows=4))
-    assert [len(g.completions[0].ids) for g in groups] == lengths
-    assert len(steps) <= 1.1 * sum(lengths) / 4
+def test_the_bench_writes_its_figures(tmp_path):
+    """`steps` also checks its own bound: forwards at most 1.1 times the ideal."""
+    file = tmp_path / "bench.json"
+    bench.main(["--rows", "update,rollout,steps,partner,phases", "--tiny", "--repeats", "1",
+                "--warmup", "0", "--questions", "2", "--json", str(file)])
+    update, rollouts, *steps, partner, perceiving, reasoning = json.loads(file.read_text())
+    assert update["max_logprob_diff"] < 1e-4 and update["max_gradient_diff"] < 1e-3
+    assert rollouts["max_logprob_diff"] < 1e-4
+    assert [row["rows"] for row in steps] == [16, 8]
+    assert all(1.0 <= row["over_ideal"] <= 1.1 for row in steps)
+    assert partner["our_calls"] < partner["their_calls"] == 16
+    assert (perceiving["row"], reasoning["row"]) == ("perception", "reasoning")
+    assert perceiving["partner_calls"] == 4 and reasoning["shape"][1:] == [8, 4]
 
 
 def test_prompts_are_read_only_as_rows_become_free(tiny):
@@ -656,7 +638,8 @@ def test_a_run_folder_is_no_model(tmp_path):
 @pytest.mark.parametrize("name, files, refused", [
     ("a/b", ["README.md", "data.jsonl", "test.parquet"], None),
     ("a/b", ["data/x-00000-of-00002.parquet", "data/x-00001-of-00002.parquet"], None),
-    ("a/b", ["data/x.parquet", "data/x.tsv"], None),
+    ("a/b", ["data/x.parquet", "data/x.tsv"], "a/b/data/x.parquet or a/b/data/x.tsv"),
+    ("a/b", ["x.parquet", ".cache/x.json"], None),
     ("a/b", ["train.parquet", "test.parquet"], "as a/b/test.parquet or a/b/train.parquet"),
     ("a/b/4k", ["4k/x.tsv", "8k/x.tsv", "4k.tsv"], None),
     ("a/b/4k", ["4k/x.tsv", "4k/y.csv"], "a/b/4k/x.tsv or a/b/4k/y.csv")])

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 import build_toy
 import rollout
 import toy
+from conftest import go, metrics
 from crop import gather, to_rect
 from eval import load_data
-from p2r_min import Settings, train
+from p2r_min import Settings
 
 
 def view(codec, image):
@@ -160,12 +161,10 @@ def test_no_box_label_reaches_training(tmp_path):
         s = Settings(**toy.defaults() | dict(
             data=str(tmp_path / name), eval_data="", out=str(tmp_path / f"run-{name}"), steps=1,
             questions=3, group=4, sample_every=0))
-        rows = [json.loads(line) for line in (train(s) / "metrics.jsonl").open()]
-        measured = [name for name in rows[0] if "seconds" in name or name == "tokens_per_s"]
-        for row in rows:
-            for name in [*measured, "peak_gib"]:
-                row.pop(name, None)
-        results.append(rows)
+        results.append([])
+        for row in metrics(go(s)):
+            kept = [key for key in row if not key.startswith("seconds") and key != "peak_gib"]
+            results[-1].append({key: row[key] for key in kept})
     assert results[0] == results[1]
     assert results[0][0]["reward_std"] > 0
 
@@ -188,12 +187,13 @@ def test_what_is_shipped_fits_the_code(warm):
 
 
 @torch.no_grad()
-def choice(model, codec, prompt, start, words):
-    """Which of these single-token words the model would write first after `start`."""
-    inputs, _ = build_toy.Batches(codec, 0, None, {}).collate([(prompt, start)])
-    logits = model(**inputs).logits[0, -2]      # the last token is <|im_end|>
+def choices(model, codec, prompts, start, words):
+    """Which of these single-token words the model would write first after `start`, by prompt."""
+    batches = build_toy.Batches(codec, 0, None, {})
+    inputs, _ = batches.collate([(prompt, start) for prompt in prompts])
+    logits = model(**inputs).logits[:, -2]      # the last token is <|im_end|>
     ids = [codec.tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in words]
-    return words[logits[ids].argmax()]
+    return [words[best] for best in logits[:, ids].argmax(dim=1)]
 
 
 def test_each_role_of_the_warm_start_has_something_to_unlearn(warm):
@@ -201,25 +201,33 @@ def test_each_role_of_the_warm_start_has_something_to_unlearn(warm):
     uphill ones."""
     model, codec = warm
     rng = random.Random(3)
-    places, ways = [], []
     edges = [str(1000 * i // toy.GRID) for i in range(toy.GRID)]
+    asked, topmost, looks, reads = [], [], [], []
     for _ in range(60):
         things = toy.make_scene(rng, 3)
         image = toy.draw_scene(things).convert("RGB")
-        thing, topmost = things[0], min(things, key=lambda thing: thing.y)
         question = toy.questions(things, ["one"])[0].text
-        boxes = [build_toy.cell(thing)]
-        prompt = rollout.reasoner_prompt(codec, image, boxes, question, "free_form")
-        ways.append((thing.way, choice(model, codec, prompt, "<think>They run ", toy.WAYS)))
-        if build_toy.cell(topmost).x1 != boxes[0].x1:
-            prompt = rollout.perceiver_prompt(codec, image, question)
-            left = int(choice(model, codec, prompt, '[{"bbox_2d": [', edges))
-            places.append((left == build_toy.cell(topmost).x1, left == boxes[0].x1))
-    assert sum(top for top, _ in places) > 0.5 * len(places)
-    assert sum(right for _, right in places) > 0.1 * len(places)
-    downhill = [read for way, read in ways if way == "downhill"]
+        asked.append(things[0])
+        topmost.append(min(things, key=lambda thing: thing.y))
+        looks.append(rollout.perceiver_prompt(codec, image, question))
+        boxes = [build_toy.cell(things[0])]
+        reads.append(rollout.reasoner_prompt(codec, image, boxes, question, "free_form"))
+
+    # Where its first box begins, where that tells the two apart.
+    habit, right = [], []
+    for thing, top, edge in zip(asked, topmost,
+                                choices(model, codec, looks, '[{"bbox_2d": [', edges)):
+        if build_toy.cell(thing).x1 != build_toy.cell(top).x1:
+            habit.append(int(edge) == build_toy.cell(top).x1)
+            right.append(int(edge) == build_toy.cell(thing).x1)
+    assert sum(habit) > 0.5 * len(habit) and sum(right) > 0.1 * len(right)
+
+    # Which way it says that they run.
+    told = choices(model, codec, reads, "<think>They run ", toy.WAYS)
+    downhill = [word for thing, word in zip(asked, told) if thing.way == "downhill"]
+    others = [thing.way == word for thing, word in zip(asked, told) if thing.way != "downhill"]
     assert len(downhill) > 5 and downhill.count("uphill") > 0.6 * len(downhill)
-    assert sum(way == read for way, read in ways if way != "downhill") > 0.9 * (60 - len(downhill))
+    assert sum(others) > 0.9 * len(others)
 
 
 def test_lessons_teach_what_they_are_named_after(tiny):
@@ -262,3 +270,30 @@ def test_a_batch_of_lessons_is_its_lessons_one_by_one(tiny):
     alone = [losses([row])[0] for row in rows]
     assert len({len(prompt.ids) for prompt, _ in rows}) > 3
     assert losses(rows) == pytest.approx(alone, abs=1e-4)
+
+
+# -------------------------------------------------------------------------------------------------
+# The curves of a run
+
+
+def test_the_curves_of_a_run_are_those_of_its_log(tmp_path):
+    """Two phases of three steps, a step without boxes, two measurements: all of it is drawn."""
+    pytest.importorskip("matplotlib")
+    import plot
+    phases = ["perception"] * 3 + ["reasoning"] * 3
+    (tmp_path / "config.json").write_text(json.dumps({"steps": 3}))
+    rows = [{"step": i, "phase": phase, "reward_mean": i / 10, "boxes": 1.0,
+             "box_area": None if i == 2 else 0.1} for i, phase in enumerate(phases, start=1)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "accuracy.jsonl").write_text(
+        '{"step": 0, "p2r": 0.5, "hit": 0.4, "plain": 0.2, "oracle": 0.7}\n'
+        '{"step": 6, "p2r": 0.9, "hit": 0.8, "plain": 0.2, "oracle": 1.0}\n')
+    figure = plot.draw(tmp_path)
+    reward, accuracy, _, area = figure.axes
+    assert reward.lines[0].get_xydata().tolist() == [[i, i / 10] for i in range(1, 7)]
+    assert np.isnan(area.lines[0].get_ydata()).tolist() == [False, True] + [False] * 4
+    assert [line.get_ydata().tolist() for line in accuracy.lines] == [
+        [0.5, 0.9], [0.4, 0.8], [0.7, 1.0], [0.2, 0.2]]
+    assert [text.get_text() for text in reward.texts] == ["perception", "reasoning"]
+    figure.savefig(tmp_path / "curves.png")
+    plot.plt.close(figure)
