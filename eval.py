@@ -342,13 +342,14 @@ LONGEST = 1000
 DOUBT = re.compile(
     r"\b(?:not|nor|neither|none|never|or|either|maybe|perhaps|possibly|might|may|could|cannot"
     r"|unsure|unclear|unlikely|unknown|doubt|wrong|incorrect|wait|except|instead|rather|but"
-    r"|no(?!\.? ?\d))\b|n't\b|n/a\b|\bn\.a\b|[?不非]", re.IGNORECASE)
+    r"|than|without|unlike|lacks|opposite|far|no(?!\.? ?\d))\b|n't\b|n/a\b|\bn\.a\b|[?不非]",
+    re.IGNORECASE)
 
 # A letter names an option where it comes first, in brackets or after one of a few words, and where
 # then the text ends or pauses. "A blue car" and "vitamin C" name nothing.
 CUE = (r"^\W*|[(:,;=是为选项案]\s*|(?i:\b(?:is|be|it's|say|with|choose|pick|select|option|answer"
        r"|ans|choice|letter|so|therefore|thus|hence|definitely|clearly|surely|probably)\W{1,3})")
-PAUSE = r"\s*(?:[).:,;!=>·。]|'(?!\w)|$|(?:because|since|as|is|and|or)\b)|\s-|-\s"
+PAUSE = r"\s*(?:[).:,;!=>·。]|'(?!\w)|\W*$|(?:because|since|as|is|and|or)\b)|\s-|-\s"
 NAMED = re.compile(rf"(?:{CUE})([A-F](?!\.\w\.)(?={PAUSE})|[a-f](?=[).:,;!]+(?:\s|$)|$))")
 
 # Any other capital that stands alone is only mentioned. "A cat" mentions no letter.
@@ -419,7 +420,7 @@ NUMBER = re.compile(rf"""
 
 # Limits, and words of numbers that are not read: half a number must not be taken for the whole.
 NO_NUMBER = re.compile(
-    r"[<>≤≥]|\b(?:less|more|fewer|least|most|up to|over|under|almost|nearly|than|half|quarter"
+    r"[<>≤≥]|\b(?:less|more|fewer|least|most|up to|over|under|almost|nearly|half|quarter"
     r"|third|\w+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty)\b", re.IGNORECASE)
 
 
@@ -494,8 +495,8 @@ def undressed(text):
 
     # Markup goes. Dollars too: they stand around LaTeX more often than before money.
     text = re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r" \1/\2", text)
-    text = re.sub(r"</?[a-z][^<>]{0,80}>|\\(?:boxed|text\w*|math\w*|left|right)|__", " ", text)
-    text = re.sub(r'[*`#"“”{}\[\]\\|]', " ", text.replace("$", ""))
+    text = re.sub(r"</?[a-z][^<>]{0,80}>|\\(?:boxed|text\w*|math\w*|left|right)", " ", text)
+    text = re.sub(r'\b_+|_+\b|[*`#"“”{}\[\]\\|]', " ", text.replace("$", ""))
 
     # A new line is a pause.
     return " ".join(re.sub(r"\s*[\n\r]\s*", "; ", text.strip()).split())
@@ -1169,10 +1170,12 @@ def add_flags(parser, settings):
         how = {"type": field.type}
         if field.type is bool:
             how = {"action": argparse.BooleanOptionalAction}
-        default = "none" if field.default == "" else field.default
-        text = f"{helps[field.name]} (default: {default})".replace("%", "%%")
+        text = helps[field.name]
+        if field.default != "":
+            text += f" (default: {field.default})"
         flag = "--" + field.name.replace("_", "-")
-        groups[field.name].add_argument(flag, default=argparse.SUPPRESS, help=text, **how)
+        groups[field.name].add_argument(flag, default=argparse.SUPPRESS,
+                                        help=text.replace("%", "%%"), **how)
 
 
 def run_program(name, main, arguments=None, hint=""):

@@ -430,7 +430,7 @@ def test_flags_come_from_the_comments(capsys):
     assert vars(parser.parse_args(["--share", "0.25", "--fast", "--name", ""])) == {"share": 0.25, "fast": True, "name": ""}
     assert vars(parser.parse_args(["--no-fast"])) == {"fast": False}
     text = " ".join(parser.format_help().split("show this help")[1].split())
-    assert "a help text that goes on in a second line (default: 0.5)" in text and "10 % of something (default: none)" in text
+    assert "a help text that goes on in a second line (default: 0.5)" in text and "and 10 % of something --share" in text
     assert text.index("What is asked:") < text.index("--name") < text.index("--share") < text.index("How long:") < text.index("--steps")
     assert "neither" not in text and "not a help" not in text
 

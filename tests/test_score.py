@@ -24,7 +24,7 @@ LONE = ("B", "A", "D", "C")  # which letter is on the sign?
 # options, then {what a person reads: the texts}. "-" is: names no option, several, or takes it back.
 LETTERS = [
     ((), {
-        "D": ["D", "d", "(D)", "(d)", "D.", "D)", "d)", "D:", "D!", " D \n", "**D**", "`D`", "$D$", '"D"', "'D'", "\u201cD\u201d", "[D]", "( D )",
+        "D": ["D", "d", "(D)", "(d)", "D.", "D)", "d)", "D:", "D!", " D \n", "**D**", "_D_", "D \u2705", "`D`", "$D$", '"D"', "'D'", "\u201cD\u201d", "[D]", "( D )",
               "D\u3002", "\uff08D\uff09", "- D", "* D", "> D", "### D", "```\nD\n```", "<b>D</b>", "<p>D</p>", "| D |", r"\boxed{D}", r"\(D\)",
               r"$\boxed{\text{D}}$", r"\mathrm{D}", r"\boxed{\textbf{(D)}}", '{"answer": "D"}',
               # announced
@@ -56,7 +56,7 @@ LETTERS = [
               "B, because it is blue", "B\nblue", "The car is clearly blue, so B.", "I see a blue car, so the answer is B.", "Color: blue", "B = blue"],
         "A": ["A", "a", "A man in red", "A red"],
         "-": ["A blue", "A. blue", "B. green", "The answer is B. green", "green (B)", "Option B: green", "A blue car", "blue-green", "bluish", "blue?",
-              "not blue", "It is not blue", "isn't blue", "neither red nor blue", "red or blue", "red, green", "red and blue", "maybe blue", "Red or A",
+              "not blue", "far from blue", "the opposite of blue", "lacks blue", "It is not blue", "isn't blue", "neither red nor blue", "red or blue", "red, green", "red and blue", "maybe blue", "Red or A",
               "B (blue), not A", "A. red B. blue", "The second option", "Option 2"]}),
     (SIDES, {
         "A": ["left", "It is on the left.", "A left", "A. It is on the left of the sign"],
@@ -65,7 +65,7 @@ LETTERS = [
         "-": ["A right", "left or right", "to the left, not the right", "A. right", "the bus"]}),
     (COUNTS, {
         "C": ["3", "C.3", "C. 3", "C (3)", "There are 3 people.", "Count: 3", "3."],
-        "-": ["B.3", "B. 3", "13", "3.5", "1, 2, 3", "3 or 4", "There are 3 cars and 1 bus"]}),
+        "-": ["B.3", "B. 3", "13", "3.5", "1, 2, 3", "3 or 4", "more than 3", "There are 3 cars and 1 bus"]}),
     (YES, {
         "A": ["Yes", "Yes.", "yes", "A. Yes", "A Yes", "Yes, the man wears a hat."],
         "B": ["No", "no", "B. No", "B No", "B. No, there is no dog."],
