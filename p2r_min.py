@@ -69,7 +69,7 @@ from rollout import REGIONS, Completion, InputError, find, fitting, load, percei
 
 
 # The phases that a schedule repeats. Each begins with a new frozen copy and fresh moments, and has
-# --steps updates. Only the first is the paper's; the others are for comparing with it.
+# --steps steps. Only the first is the paper's; the others are for comparing with it.
 SCHEDULES = {
     "alternate": ("perception", "reasoning"),
     "joint": ("joint", "joint"),                # every update trains both roles
@@ -173,7 +173,8 @@ class Settings:
 
 @dataclass
 class Players:
-    """Who plays. `frozen` is the policy as it was when the phase began."""
+    """Who plays. `frozen` is the policy as it was when the phase began: it plays the other role
+    (elsewhere called the partner), and is the reference of the KL."""
     policy: torch.nn.Module
     frozen: torch.nn.Module
     codec: object                     # rollout.Codec: text and images <-> tensors, for both
@@ -191,7 +192,7 @@ class Rollout:
     """One sample on its way from the question to the reward."""
     example: object                   # eval.Example: the question, its image and its answer
     perceived: Completion = None      # what the Perceiver wrote; None: nobody perceived
-    void: str = None                  # the rule that its boxes break, if they break one
+    void: str = None                  # "label" or "overlap": the rule that its boxes break, if any
     answer: Completion = None         # what the Reasoner wrote; None: it was not asked
     score: evaluation.Score = None
     reward: float = 0.0
@@ -222,17 +223,18 @@ def perception(players, questions, s, generator):
         for completion in group.completions:
             rollouts.append(Rollout(example, perceived=completion))
 
-    # 2. Boxes that break the paper's rule are void: they earn nothing and need no answer.
+    # 2. Boxes are void, earn nothing and need no answer, if two of them overlap by more than half
+    #    or one has no label of its own. (The paper's rule; nothing else about boxes is paid for.)
     for rollout in rollouts:
         rollout.void = violation(rollout.boxes)
 
     # 3. The frozen copy answers. It is greedy, so equal evidence gets equal answers: each distinct
     #    list of boxes is asked once. (Labels never reach the Reasoner; the order of boxes does.)
     asked = {}
-    for place, rollout in enumerate(rollouts):
+    for rollout in rollouts:
         if not rollout.void:
             coordinates = tuple(box[:4] for box in rollout.boxes)
-            asked.setdefault((place // s.group, coordinates), []).append(rollout)
+            asked.setdefault((rollout.example, coordinates), []).append(rollout)
     cases = [(same[0].example, same[0].boxes) for same in asked.values()]
 
     started = time.perf_counter()
@@ -259,25 +261,25 @@ def reasoning(players, questions, s, generator, perceiving=True):
     started = time.perf_counter()
     perceived = [None] * len(questions)
     if perceiving:
-        looks = perceive(
+        groups = perceive(
             players.frozen, players.codec, progress(questions, "frozen Perceiver"),
             greedy=True, max_tokens=s.perceive_tokens, rows=s.partner_batch)
-        perceived = [group.completions[0] for group in looks]
+        perceived = [group.completions[0] for group in groups]
     seconds = time.perf_counter() - started
 
     # 2. The policy answers, G times for each question, all from the same evidence.
     cases = []
-    for example, look in zip(questions, perceived):
-        cases.append((example, look.parsed.boxes if look else []))
+    for example, completion in zip(questions, perceived):
+        cases.append((example, completion.parsed.boxes if completion else []))
     groups = list(reason(
         players.policy, players.codec, progress(cases, "sampling answers"), s.evidence,
         group=s.group, max_tokens=s.reason_tokens, rows=s.rollout_batch, generator=generator))
 
     # 3. One record for each answer. (Here no boxes are void: nobody is trained to write them.)
     rollouts = []
-    for example, look, group in zip(questions, perceived, groups):
+    for example, seen, group in zip(questions, perceived, groups):
         for completion in group.completions:
-            rollouts.append(Rollout(example, perceived=look, answer=completion))
+            rollouts.append(Rollout(example, perceived=seen, answer=completion))
 
     # 4. Each answer pays itself. It can learn the <answer> tags, so without them it earns nothing.
     pay(rollouts, players.judge_of_training())
@@ -290,6 +292,7 @@ def joint(players, questions, s, generator):
 
     The loss is one mean over all tokens, so the role that writes more weighs more.
     """
+    # Nobody plays both roles on the same question, so each half is a phase of its own.
     half = len(questions) // 2
     a = perception(players, questions[:half], s, generator)
     b = reasoning(players, questions[half:], s, generator)
@@ -306,7 +309,7 @@ PHASES = {
 }
 
 
-def reward(rollout):
+def reward_of(rollout):
     """What a rollout earns: 1 for a right final answer, 0 for a wrong one and for void boxes.
 
     This is the place for another reward: rollout.example (with .boxes, where the data has them),
@@ -319,16 +322,18 @@ def reward(rollout):
 
 def pay(rollouts, judge, whole_text=False):
     """Set .score of all answered rollouts and .reward of all, by evaluation's own check."""
+    # All at once: a judge answers a batch in one forward.
     answered = [rollout for rollout in rollouts if rollout.answer]
     pairs = [(rollout.answer.text, rollout.example) for rollout in answered]
     for rollout, score in zip(answered, evaluation.grade(pairs, judge, whole_text)):
         rollout.score = score
     for rollout in rollouts:
-        rollout.reward = reward(rollout)
+        rollout.reward = reward_of(rollout)
 
 
 def advantages_of(groups, rollouts):
     """The rewards of each group -> its advantages, a list of (G,) tensors."""
+    # Rollouts stand group after group, as they were sampled; groups may differ in size.
     rewards = torch.tensor([rollout.reward for rollout in rollouts])             # (Q G,)
     sizes = [len(group.completions) for group in groups]
     return [grpo.group_advantages(part) for part in rewards.split(sizes)]
@@ -372,11 +377,12 @@ def train(s, run):
             policy, players.frozen, optimizer, experience.groups, experience.advantages,
             banned=codec.banned, kl=s.kl, clip=s.clip, max_norm=s.max_grad_norm, updates=s.updates)
 
-        # 3. Look on: metrics, now and then a picture.
+        # 3. Record: metrics, now and then a picture.
         seconds = {"seconds_rollout": rolled_out - started - experience.partner_seconds,
                    "seconds_partner": experience.partner_seconds,
                    "seconds_update": time.perf_counter() - rolled_out}
         update["nonfinite"] = [questions[q].id for q in update["nonfinite"]]
+        run.step = step + 1
         run.log({"step": step + 1, "phase": phase, **metrics_of(experience), **update, **seconds})
         if s.sample_every and (step == 0 or (step + 1) % s.sample_every == 0):
             save_sample(run.folder / "samples", step + 1, phase, experience.rollouts[0], codec)
@@ -400,8 +406,11 @@ def frozen_copy(policy):
 def questions_of(examples, step, s):
     """The Q questions of a step: shuffled passes over the data, one after another.
 
-    A function of (seed, step) alone, so there is no cursor to save and any step can be looked up.
+    A function of the settings and the step alone: there is no cursor to save, and the questions of
+    any step can be looked up.
     """
+    # Place p of the endless sequence is in pass p // (number of examples). A step may see the end
+    # of one pass and the beginning of the next.
     order, chosen = {}, []
     for place in range(step * s.questions, (step + 1) * s.questions):
         epoch, index = divmod(place, len(examples))
@@ -431,11 +440,11 @@ def main(arguments=None):
         s = Settings(**toy.defaults() | given)
     s.check()
 
-    # Tell what is going to happen. Thirty settings are only listed for whoever asks about one.
+    # Tell what is going to happen; all settings only to whoever touched one.
     phases = " and ".join(dict.fromkeys(SCHEDULES[s.schedule]))
     print(f"{s.total} steps ({phases}), {s.questions} questions x {s.group} samples a step.")
-    print("In each phase one role is trained; a frozen copy of the model plays the other.")
-    if given:
+    print("A frozen copy of the model plays the role that a phase does not train.")
+    if s.verbose or given:
         for name, value in dataclasses.asdict(s).items():
             print(f"  {name:16} {value}")
 
@@ -485,6 +494,7 @@ def prepare(s):
 def measure(players, held_out, s):
     """Held-out accuracy of the policy in both roles, as eval.evaluate returns it: greedy, and under
     the budgets of training. Only a judge of its own is asked: no model grades itself here."""
+    # As training samples, so without the repetition penalty of the authors' evaluation.
     protocol = evaluation.Protocol(
         evidence=s.evidence, max_pixels=s.max_pixels, perceive_tokens=s.perceive_tokens,
         reason_tokens=s.reason_tokens, penalty=1.0, batch=s.partner_batch)
@@ -493,9 +503,9 @@ def measure(players, held_out, s):
 
 
 def metrics_of(experience):
-    """What a step's rollouts say, as a dict for metrics.jsonl. Shares are of 1; None: of nothing.
+    """What a step's rollouts say, as a dict for metrics.jsonl. A mean of nothing is None.
 
-    What the update adds is explained at grpo.update_batch.
+    What the update adds to it is explained at grpo.update_batch.
     """
     # What the trained role wrote, and what it earned.
     rollouts = experience.rollouts
@@ -505,8 +515,8 @@ def metrics_of(experience):
     tokens = sum(len(c.ids) for c in completions)
 
     # What the Perceiver wrote, whoever played it.
-    looks = [rollout.perceived.parsed for rollout in rollouts if rollout.perceived]
-    boxes = [box for parsed in looks for box in parsed.boxes]
+    lists = [rollout.perceived.parsed for rollout in rollouts if rollout.perceived]
+    boxes = [box for parsed in lists for box in parsed.boxes]
 
     # What the Reasoner wrote. Only the trained role's answers need tags.
     trained = {id(c) for c in completions}
@@ -529,15 +539,15 @@ def metrics_of(experience):
         "response_tokens": tokens / len(completions),
         "truncated": mean(not c.ended for c in completions),
 
-        # Rollouts that earned 0 by the paper's rule on boxes. Rising: the Perceiver tries all.
-        "void": mean(rollout.void is not None for rollout in rollouts),
+        # Rollouts that earned 0 by the paper's rule on boxes. Rising: lower --lr.
+        "void": mean(bool(rollout.void) for rollout in rollouts),
 
         # Perceiver outputs without a box list: they earn what [] earns. Rising: lower --lr.
-        "unparsable": mean(not parsed.parsable for parsed in looks),
+        "unparsable": mean(not parsed.parsable for parsed in lists),
 
         # Boxes of an output; share of the image that a box covers; boxes that cover nearly all of
-        # it. The paper pays for those, too: growing with the reward, they no longer point at a thing.
-        "boxes": mean(len(parsed.boxes) for parsed in looks),
+        # it. The paper pays for those, too: if they grow with the reward, nobody points any more.
+        "boxes": mean(len(parsed.boxes) for parsed in lists),
         "box_area": mean(box.area for box in boxes),
         "whole_boxes": mean(box.area >= WHOLE for box in boxes),
 
@@ -600,13 +610,13 @@ class Run:
         self.folder = Path(s.out or next_free_folder(s.model))
         self.step, self.accuracy = 0, {}      # steps done; step -> eval.evaluate's dict
         self.interrupt = None                 # number of the signal that asked to stop
+        self.players = self.optimizer = None  # what a checkpoint is made of, once the run has begun
         self.lock, self.bar, self.handlers = None, None, {}
         if not resumed and (self.folder / "config.json").exists():
             raise InputError(f"--out {s.out} holds a run: choose another, or --resume {s.out}")
 
     def begin(self, players, optimizer):
         """Make the folder, or take players and optimizer back to its newest checkpoint."""
-        self.players, self.optimizer = players, optimizer
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = lock(self.folder / "lock")  # two processes would destroy each other's logs
 
@@ -624,10 +634,12 @@ class Run:
             self.step = int(newest.name[5:])
 
         # Both logs end where the run goes on: what comes now is written again.
-        for name in ("metrics.jsonl", "accuracy.jsonl"):
-            rows = [row for row in read_jsonl(self.folder / name) if row["step"] <= self.step]
-            write_whole(self.folder / name, "".join(json.dumps(row) + "\n" for row in rows))
-        self.accuracy = {row["step"]: row for row in rows}
+        self.players, self.optimizer = players, optimizer
+        for log in (self.folder / "metrics.jsonl", self.folder / "accuracy.jsonl"):
+            rows = [row for row in read_jsonl(log) if row["step"] <= self.step]
+            write_whole(log, "".join(json.dumps(row) + "\n" for row in rows))
+        for row in read_jsonl(self.folder / "accuracy.jsonl"):
+            self.accuracy[row["step"]] = row
         write_whole(self.folder / "config.json", json.dumps(dataclasses.asdict(self.s), indent=2))
         for number in SIGNALS:
             self.handlers[number] = signal.signal(number, self.save_on_interrupt)
@@ -646,7 +658,7 @@ class Run:
     def log(self, metrics):
         """One line of metrics, a bar for each phase; off a terminal a printed line now and then."""
         append_json(self.folder / "metrics.jsonl", metrics | {"peak_gib": peak_gib()})
-        self.step, phase = metrics["step"], metrics["phase"]
+        phase = metrics["phase"]
         told = {"reward": f"{metrics['reward_mean']:.2f}", "kl": f"{metrics['kl']:.3f}"}
         seconds = sum(value for name, value in metrics.items() if name.startswith("seconds"))
 
@@ -669,6 +681,7 @@ class Run:
 
     def checkpoint(self):
         """Save when it is due, at the end, or when a signal asked for it; then leave."""
+        # The last one makes a finished run resumable, with more --iterations.
         every = self.s.save_every
         if self.interrupt or self.step == self.s.total or (every and self.step % every == 0):
             self.save()
@@ -701,6 +714,7 @@ class Run:
 
     def save_model(self, name):
         """The policy as a bf16 model folder, with the budgets that eval.py takes over."""
+        # A model is best asked as it was trained.
         shared = ("max_pixels", "perceive_tokens", "reason_tokens", "evidence")
         budgets = {setting: getattr(self.s, setting) for setting in shared}
         (self.folder / "phases").mkdir(exist_ok=True)
@@ -724,12 +738,11 @@ class Run:
 
         # No traceback for what a user can mend, and always the command that goes on.
         again = f"go on with: python p2r_min.py --resume {shlex.quote(str(self.folder))}"
-        if isinstance(error, InputError) and self.players.frozen:
+        if isinstance(error, InputError) and self.players and self.players.frozen:
             self.save()
             raise InputError(f"{error}; saved, {again}") from error
         if isinstance(error, (OSError, SafetensorError)):
-            raise InputError(f"cannot write to {self.folder} ({error}); mend it, then {again}"
-                             ) from error
+            raise InputError(f"cannot read or write ({error}); mend it, then {again}") from error
         if isinstance(error, (SystemExit, KeyboardInterrupt)):
             print(f"stopped after step {self.step}; {again}")
 
@@ -747,6 +760,7 @@ def write_model(policy, source, folder):
 
 def next_free_folder(model):
     """runs/NAME-1, or the first -2, -3, ... that does not exist yet."""
+    # Two runs that start in the same second would meet here; the lock tells the second one.
     number = 1
     while Path(f"runs/{Path(model).name}-{number}").exists():
         number += 1
@@ -780,13 +794,12 @@ def written(path):
     """Yields path.new, to be made into a file or a folder, then flushes it and renames it to
     `path`, which so appears as a whole or not at all."""
     new = path.with_name(path.name + ".new")
-    shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(new, ignore_errors=True)  # what a kill has left
     try:
         yield new
     except Exception:  # half a checkpoint would keep a full disk full
         shutil.rmtree(new, ignore_errors=True)
         raise
-
 
     # Files get the mode that every new file gets here; safetensors makes them private.
     mask = os.umask(0)
@@ -796,15 +809,22 @@ def written(path):
         if part.is_file():
             part.chmod(0o666 & ~mask)
 
-    # What is renamed must be on the disk before its new name is. (Windows flushes no folder.)
-    if os.name == "posix":  # Windows cannot flush a folder
-        for part in [*parts, path.parent]:
-            handle = os.open(part, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
+    # What is renamed must be on the disk before its new name is.
+    for part in parts:
+        flush(part)
     if path.is_dir():
         shutil.rmtree(path)
     new.replace(path)
+    flush(path.parent)
+
+
+def flush(path):
+    """Wait until a file, or a folder's list of names, is on the disk. (Windows knows no such call
+    for a folder.)"""
+    if os.name == "posix":
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
 
 
 def lock(path):
@@ -825,6 +845,7 @@ def write_whole(path, text):
 
 def append_json(path, row):
     """Add one line to a log. What is not finite becomes null, which every JSON reader knows."""
+    # (Python would write NaN, which is no JSON.)
     for key, value in row.items():
         if isinstance(value, float) and not math.isfinite(value):
             row = row | {key: None}
