@@ -60,9 +60,10 @@ from tqdm import tqdm
 import eval as evaluation
 import grpo
 import toy
-from crop import WHOLE, gather, picture, violation
+from crop import MAX_CROPS, WHOLE, gather, picture, violation
 from eval import mean
-from rollout import REGIONS, Completion, InputError, find, fitting, load, perceive, progress, reason
+from rollout import (PREFILL, REGIONS, STRIDE, TEXT_TOKENS, Completion, InputError, find, fitting,
+                     load, perceive, progress, reason)
 
 # ---------------------------------------------------------------------------------------------
 # Settings
@@ -478,6 +479,7 @@ def prepare(s):
 
     # Whether questions fit into a prompt is known once there is a tokenizer.
     policy, codec = load(find(s.model), s.max_pixels)
+    check_memory(policy, s)
     longest = max(s.perceive_tokens, s.reason_tokens)
     examples = fitting(codec, examples, longest, s.skip_bad)
     held_out = fitting(codec, held_out, longest, s.skip_bad)
@@ -489,6 +491,93 @@ def prepare(s):
     if judge not in ("self", None):
         judge = evaluation.Judge.load(s.judge, policy.device)
     return examples, held_out, policy, codec, judge
+
+
+def check_memory(policy, s):
+    """Print what memory a real run takes. Raises InputError where the GPU has less, before the
+    other copies of the model are made."""
+    if policy.num_parameters() < 10**8:
+        return  # the toy fits anywhere
+    peaks = estimate_memory(policy.config, policy.num_parameters(), policy.dtype.itemsize, s)
+    told = ", ".join(f"{gib:.1f} GiB while {doing}" for doing, gib in peaks.items())
+    if policy.device.type != "cuda":
+        print(f"memory, computed: {told}")
+        return
+
+    card = torch.cuda.get_device_properties(policy.device).total_memory / 2**30
+    if max(peaks.values()) < card:
+        print(f"memory, computed: {told}; the GPU has {card:.1f}")
+        return
+    remedy = "lower --max-pixels, --group or --reason-tokens"
+    if peaks["sampling"] > peaks["updating"]:
+        remedy = "lower --rollout-batch and --partner-batch"
+    if not s.offload:
+        remedy += ", or add --offload"
+    raise InputError(f"this run would take {told}, but the GPU has {card:.1f}: {remedy}")
+
+
+def estimate_memory(config, parameters, size, s):
+    """Peak GiB on a GPU, {"sampling": .., "updating": ..}: arithmetic on the model's config, its
+    number of parameters, the bytes of a value in its compute type and the Settings.
+
+    Every prompt and response is taken as long as it may be. 1 GiB is added for the driver and the
+    kernels' own; a judge model comes on top. tests/test_memory.py compares it with the real code.
+    """
+    text, vision = config.text_config, config.vision_config
+    hidden, inner, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
+    queries = text.num_attention_heads * text.head_dim
+    keys_values = 2 * text.num_key_value_heads * text.head_dim
+    pixels = 3 * vision.temporal_patch_size * vision.patch_size**2  # values of a patch
+    features = len(vision.deepstack_visual_indexes)                 # DeepStack: besides the last
+
+    # Policy and frozen copy; float32 masters and two moments.
+    static = parameters * 2 * size
+    if not s.offload:
+        static += parameters * 3 * 4
+
+    sampling, updating = [], []
+    for images, R in ((1, s.perceive_tokens), (1 + MAX_CROPS, s.reason_tokens)):
+        patches = images * (s.max_pixels // vision.patch_size**2)
+        visual = patches // vision.spatial_merge_size**2
+        P = visual + TEXT_TOKENS
+
+        # One prefill has its peak in the vision tower, which rotates queries and keys in float32,
+        # or in a layer of the language model.
+        tower = patches * (vision.hidden_size * (5 * size + 28) + pixels * size)
+        tower += features * visual * hidden * size
+        layer = P * (3 * inner + 6 * hidden) * size
+
+        # Beside it are the table, which a longer prompt may make an eighth larger than it needs,
+        # and the logits of a step. The table is the trained role's or its partner's.
+        for rows, G in ((s.rollout_batch, s.group), (s.partner_batch, 1)):
+            prefill = min(rows, max(1, PREFILL // P)) * max(tower, layer)
+            columns = math.ceil((P + G * R) * 9 / 8 / STRIDE) * STRIDE
+            logits = rows * G * text.vocab_size * (size + 2 * 4)
+            sampling.append(prefill + rows * columns * layers * keys_values * size + logits)
+
+        # An update keeps for the backward pass the inputs of all layers of both towers (`inputs`),
+        # and what is inside of them (`tower`, `layer`). Every response attends to keys and values
+        # of its own, the prompt's and its.
+        L = P + s.group * R
+        inputs = patches * (pixels + vision.hidden_size * (vision.depth + 1 + 3 * (1 + features)))
+        inputs += L * hidden * layers + visual * hidden * features
+        tower = patches * (10 * vision.hidden_size + 2 * vision.intermediate_size)
+        layer = L * (4 * inner + 3 * hidden + 4 * queries + 1.5 * keys_values)
+        layer += s.group * (P + R) * keys_values
+
+        # With checkpointing the inside of one layer is alive at a time, else that of all. Beside
+        # it are the gradients of its MLP, or before the first layer's turn a chunk of logits.
+        gradients = L * (2 * inner + hidden) * size
+        logits = 4 * min(512, s.group * R) * text.vocab_size * 4
+        work = max(layer * size + gradients, logits)
+        if not s.checkpointing:
+            work = (vision.depth * tower + layers * layer) * size + max(gradients, logits)
+
+        # The float32 sum of all gradients, and the next one of the embedding.
+        embedding = text.vocab_size * hidden * size
+        updating.append(4 * parameters + inputs * size + work + embedding)
+    return {"sampling": (static + max(sampling)) / 2**30 + 1,
+            "updating": (static + max(updating)) / 2**30 + 1}
 
 
 def measure(players, held_out, s):
