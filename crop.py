@@ -83,8 +83,8 @@ def parse_boxes(text):
     for start, end in zip(starts, ends):
         piece = text[start:end]
 
-        # The outside of a wrapper, for instance, is no box that went wrong.
-        if not any(key in piece for key in BOX_KEYS):
+        # An object that never speaks of a box is none that went wrong: a wrapper, for instance.
+        if not any(f"{key}{quote}" in piece for key in BOX_KEYS for quote in "\"'"):
             continue
         box = _read_box(piece)
         if box is None:

@@ -319,8 +319,10 @@ def print_accuracy(columns):
     # Kinds of questions, where there is more than one.
     if len(last["categories"]) > 1:
         for kind in last["categories"]:
-            cells = [f"{result['categories'][kind][0]:10.3f}" for _, result in columns]
-            print(f"{'':7}{'p2r, ' + kind:45}" + "".join(cells))
+            # (None: a run that goes on with other held-out questions has other kinds at first.)
+            shares = [result["categories"].get(kind, [None])[0] for _, result in columns]
+            cells = ["-" if share is None else f"{share:.3f}" for share in shares]
+            print(f"{'':7}{'p2r, ' + kind:45}" + "".join(f"{cell:>10}" for cell in cells))
 
 
 def mean(values):
@@ -330,9 +332,7 @@ def mean(values):
 
 
 # ---------------------------------------------------------------------------------------------
-# From here on: what the method needs but does not explain. Skip it on a first reading.
-#
-# How a letter, a number and words are read
+# Skip on a first reading: how a letter, a number and words are read
 
 # In characters. A longer text is an essay, which is not read for a letter or a number. It also
 # bounds the time that any pattern below can take.

@@ -66,7 +66,8 @@ def grpo_loss(logp, old_logp, ref_logp, advantage, *, kl, clip, tokens):
     fixed before the first part, so the gradient depends neither on the order nor on the split of
     the groups, and every token weighs the same, in short responses and in long ones.
     """
-    # The importance ratio. It is exactly 1 at the first update on a batch (strictly on-policy).
+    # The importance ratio. At the first update on a batch (strictly on-policy) its value is exactly
+    # 1, and its gradient is that of logp: the loss is then REINFORCE's, with a KL.
     ratio = (logp - old_logp).exp()                                              # (T,)
 
     # PPO's pessimistic bound: beyond the clip there is nothing more to gain, but still to lose.
@@ -162,7 +163,82 @@ def response_logprobs(model, row, banned, chunk=512):
 
 
 # ---------------------------------------------------------------------------------------------
-# The optimizer and the update
+# The update
+
+
+@out_of_memory("updating", "halve --max-pixels in a new run (then --reason-tokens or --group), "
+                           "or add --offload")
+def update_batch(policy, reference, optimizer, groups, advantages, *, banned, kl, clip, max_norm,
+                 updates=1):
+    """The GRPO update on one batch: every group forward and backward, then one optimizer step.
+
+    groups: list of rollout.Group. advantages: a (G,) tensor for each, G as long as the group is.
+    updates: optimizer steps on this batch; 1 in the paper, so that the ratio is always 1.
+    Returns a dict. Averages over the response tokens, of the last pass:
+        loss           at ratio 1 the advantages of a group nearly cancel: no measure of progress
+        kl, entropy    nats a token; see `k3` for what `kl` reads in bf16
+        clip_fraction  share of tokens whose ratio was outside the clip; 0 with `updates` = 1
+        grad_norm      before it is scaled down
+    and of the first pass:
+        sampler_gap    mean |log-prob when sampled - log-prob now|: rounding, unless there is a bug
+    and nonfinite: places of the groups whose loss was not finite (of all if only the gradient's
+    norm was not). If there is any, this pass updated nothing, and no other follows.
+    """
+    # Fixed before the loop: see grpo_loss.
+    tokens = sum(len(c.ids) for group in groups for c in group.completions)
+    old_logps, ref_logps = {}, {}
+    gap = 0.0
+    policy.train()  # for activation checkpointing; Qwen3-VL has no dropout
+
+    for _ in range(updates):
+        sums = {"loss": 0.0, "kl": 0.0, "entropy": 0.0, "clip_fraction": 0.0}
+        nonfinite = []
+
+        # Memory is that of one group: its gradient is added up and its graph freed before the next.
+        for q, group in enumerate(groups):
+            row = pack(group.prompt, [c.ids for c in group.completions], policy.device)
+            advantage = advantages[q].repeat_interleave(row.lengths).to(policy.device)  # (T,)
+
+            # The reference does not change within a phase: once for each group and batch.
+            if q not in ref_logps:
+                with torch.no_grad():
+                    ref_logps[q], _ = response_logprobs(reference, row, banned)  # (T,)
+
+            # In the first pass the policy *is* the policy that sampled, so its own log-probs are
+            # the old ones. The sampler's must be equal, up to rounding.
+            logp, entropy = response_logprobs(policy, row, banned)               # (T,) both
+            if q not in old_logps:
+                old_logps[q] = logp.detach()
+                sampled = torch.cat([c.logps for c in group.completions]).to(logp.device)
+                gap += (sampled - logp.detach()).abs().sum().item()
+
+            loss, clipped = grpo_loss(
+                logp, old_logps[q], ref_logps[q], advantage, kl=kl, clip=clip, tokens=tokens)
+            if not loss.isfinite():
+                nonfinite.append(q)
+                continue
+            loss.backward()
+
+            sums["loss"] += loss.item()
+            sums["kl"] += k3(logp.detach(), ref_logps[q]).sum().item() / tokens
+            sums["entropy"] += entropy.sum().item() / tokens
+            sums["clip_fraction"] += clipped.sum().item() / tokens
+
+        # A loss that is not finite poisons the whole sum: this batch teaches nothing.
+        if nonfinite:
+            optimizer.discard()
+            sums["grad_norm"] = math.nan
+            break
+        sums["grad_norm"] = optimizer.step(max_norm)
+        if not math.isfinite(sums["grad_norm"]):
+            nonfinite = list(range(len(groups)))
+            break
+
+    return sums | {"sampler_gap": gap / tokens, "nonfinite": nonfinite}
+
+
+# ---------------------------------------------------------------------------------------------
+# The optimizer. (Skip `state`, `load` and what follows on a first reading.)
 
 
 class MasterAdamW:
@@ -278,74 +354,3 @@ def checkpoint_activations(policy):
         policy.activation_checkpointing_enable({"use_reentrant": False})
     else:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
-
-
-@out_of_memory("updating", "halve --max-pixels in a new run (then --reason-tokens or --group), "
-                           "or add --offload")
-def update_batch(policy, reference, optimizer, groups, advantages, *, banned, kl, clip, max_norm,
-                 updates=1):
-    """The GRPO update on one batch: every group forward and backward, then one optimizer step.
-
-    groups: list of rollout.Group. advantages: a (G,) tensor for each, G as long as the group is.
-    updates: optimizer steps on this batch; 1 in the paper, so that the ratio is always 1.
-    Returns a dict. Averages over the response tokens, of the last pass:
-        loss           at ratio 1 the advantages of a group nearly cancel: no measure of progress
-        kl, entropy    nats a token; see `k3` for what `kl` reads in bf16
-        clip_fraction  share of tokens whose ratio was outside the clip; 0 with `updates` = 1
-        grad_norm      before it is scaled down
-    and of the first pass:
-        sampler_gap    mean |log-prob when sampled - log-prob now|: rounding, unless there is a bug
-    and nonfinite: places of the groups whose loss was not finite (of all if only the gradient's
-    norm was not). If there is any, nothing was updated.
-    """
-    # Fixed before the loop: see grpo_loss.
-    tokens = sum(len(c.ids) for group in groups for c in group.completions)
-    old_logps, ref_logps = {}, {}
-    gap = 0.0
-    policy.train()  # for activation checkpointing; Qwen3-VL has no dropout
-
-    for _ in range(updates):
-        sums = {"loss": 0.0, "kl": 0.0, "entropy": 0.0, "clip_fraction": 0.0}
-        nonfinite = []
-
-        # Memory is that of one group: its gradient is added up and its graph freed before the next.
-        for q, group in enumerate(groups):
-            row = pack(group.prompt, [c.ids for c in group.completions], policy.device)
-            advantage = advantages[q].repeat_interleave(row.lengths).to(policy.device)  # (T,)
-
-            # The reference does not change within a phase: once for each group and batch.
-            if q not in ref_logps:
-                with torch.no_grad():
-                    ref_logps[q], _ = response_logprobs(reference, row, banned)  # (T,)
-
-            # In the first pass the policy *is* the policy that sampled, so its own log-probs are
-            # the old ones. The sampler's must be equal, up to rounding.
-            logp, entropy = response_logprobs(policy, row, banned)               # (T,) both
-            if q not in old_logps:
-                old_logps[q] = logp.detach()
-                sampled = torch.cat([c.logps for c in group.completions]).to(logp.device)
-                gap += (sampled - logp.detach()).abs().sum().item()
-
-            loss, clipped = grpo_loss(
-                logp, old_logps[q], ref_logps[q], advantage, kl=kl, clip=clip, tokens=tokens)
-            if not loss.isfinite():
-                nonfinite.append(q)
-                continue
-            loss.backward()
-
-            sums["loss"] += loss.item()
-            sums["kl"] += k3(logp.detach(), ref_logps[q]).sum().item() / tokens
-            sums["entropy"] += entropy.sum().item() / tokens
-            sums["clip_fraction"] += clipped.sum().item() / tokens
-
-        # A loss that is not finite poisons the whole sum: this batch teaches nothing.
-        if nonfinite:
-            optimizer.discard()
-            sums["grad_norm"] = math.nan
-            break
-        sums["grad_norm"] = optimizer.step(max_norm)
-        if not math.isfinite(sums["grad_norm"]):
-            nonfinite = list(range(len(groups)))
-            break
-
-    return sums | {"sampler_gap": gap / tokens, "nonfinite": nonfinite}

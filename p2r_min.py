@@ -114,7 +114,7 @@ class Settings:
     max_grad_norm: float = 1.0        # the gradient is scaled down to this norm
     evidence: str = "both"            # what the Reasoner sees: both, annotated, crops or none
     judge: str = "self"               # settles free-form answers in other words: self (the frozen
-                                      # copy), none, or another model, which then also measures
+                                      # copy), none, or a model, which --eval-data is judged by, too
 
     # Limits and memory
     max_pixels: int = 2_097_152       # pixel budget of every image the model sees, crops too
@@ -209,7 +209,7 @@ class Experience:
     groups: list                      # of rollout.Group: a prompt and its completions
     advantages: list                  # for each group a tensor, as long as the group
     rollouts: list                    # of Rollout, one for each completion, group after group
-    partner_calls: int = 0            # prompts that the frozen copy answered
+    partner_calls: int = 0            # prompts that the partner answered (a judge's not counted)
     partner_seconds: float = 0.0
 
 
@@ -238,7 +238,7 @@ def perception(players, questions, s, generator):
             asked.setdefault((rollout.example, coordinates), []).append(rollout)
     cases = [(same[0].example, same[0].boxes) for same in asked.values()]
 
-    started = time.perf_counter()
+    started = time.perf_counter()  # `reason` works while the loop below asks for its answers
     answers = reason(
         players.frozen, players.codec, progress(cases, "frozen Reasoner"), s.evidence,
         greedy=True, max_tokens=s.reason_tokens, rows=s.partner_batch)
@@ -247,8 +247,8 @@ def perception(players, questions, s, generator):
             rollout.answer = group.completions[0]
     seconds = time.perf_counter() - started
 
-    # 4. The answer pays the boxes. The frozen copy cannot learn to write <answer> tags, so where it
-    #    forgets them its whole text is read, or boxes would be paid for its habit.
+    # 4. The answer pays the boxes. A missing <answer> tag is the frozen Reasoner's fault: its whole
+    #    text is read then, so that the tag costs the Perceiver nothing.
     pay(rollouts, players.judge_of_training(), whole_text=True)
     return Experience(groups, advantages_of(groups, rollouts), rollouts, len(cases), seconds)
 
@@ -349,7 +349,7 @@ def train(s, run):
 
     Raises InputError for what the user can mend; a reward is never invented.
     """
-    # Whatever a bad flag, row or model folder can break is found here, before anything is trained.
+    # What a bad flag, row or model folder can break is found here, before anything is trained.
     examples, held_out, policy, codec, judge = prepare(s)
     players = Players(policy, frozen=None, codec=codec, judge=judge)
     optimizer = grpo.MasterAdamW(policy, s.lr, weight_decay=s.weight_decay, offload=s.offload)

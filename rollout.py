@@ -195,8 +195,8 @@ class Codec:
         ends = set(ends if isinstance(ends, list) else [ends]) | {self.tokenizer.eos_token_id}
         self.stop_ids = torch.tensor(sorted(ends - {None}))
 
-        self.position_ids = model.model.get_rope_index  # the library's M-RoPE; reads config only
-        self.positions = config.get_text_config().max_position_embeddings
+        self.rope_index = model.model.get_rope_index  # the library's M-RoPE; reads config only
+        self.max_positions = config.get_text_config().max_position_embeddings
         self.dtype = model.dtype
 
     def encode(self, text, images):
@@ -217,15 +217,15 @@ class Codec:
         ids = torch.tensor(self.tokenizer(expanded, add_special_tokens=False)["input_ids"])  # (P,)
 
         # Positions count once along the text, and along height and width inside an image.
-        positions, _ = self.position_ids(
+        positions, _ = self.rope_index(
             ids[None], mm_token_type_ids=(ids == self.image_token_id).int()[None],
             image_grid_thw=vision["image_grid_thw"])                            # (3, 1, P)
         return Prompt(ids, positions[:, 0], vision["pixel_values"].to(self.dtype),
                       vision["image_grid_thw"])
 
-    def render(self, text, images):
-        """One user turn -> the chat template's text, with one image token for each image."""
-        content = [{"type": "image"}] * images + [{"type": "text", "text": text}]
+    def render(self, text, count):
+        """One user turn -> the chat template's text, with `count` image tokens before the words."""
+        content = [{"type": "image"}] * count + [{"type": "text", "text": text}]
         messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
         return self.tokenizer.apply_chat_template(messages, tokenize=False,
                                                   add_generation_prompt=True)
@@ -347,7 +347,10 @@ def sample(model, codec, prompts, *, group=1, greedy=False, max_tokens, rows, ge
             if not active:
                 return
 
-            # 2. Every response draws a token.
+            # 2. Every response draws a token, but not from what is no distribution.
+            if logits.isnan().any():
+                raise InputError("the model's output is not a number for one of these prompts: its "
+                                 "weights are damaged, or an image overflows its number format")
             logits = penalised(logits, active, penalty, codec)
             ids, logps = draw(logits, banned, greedy, generator)                # (n, G) each
             for row, row_ids, row_logps in zip(active, ids.tolist(), logps.tolist()):
@@ -369,7 +372,7 @@ def sample(model, codec, prompts, *, group=1, greedy=False, max_tokens, rows, ge
 
             # 4. One forward of the rows that go on.
             if active:
-                logits = decode(model, table, active)                           # (n, G, V)
+                logits = decode_step(model, table, active)                      # (n, G, V)
 
 
 def draw(logits, banned, greedy, generator):
@@ -381,118 +384,6 @@ def draw(logits, banned, greedy, generator):
         flat = scores.exp().flatten(0, 1)                                       # (n G, V)
         ids = torch.multinomial(flat, 1, generator=generator).view(scores.shape[:2])
     return ids, scores.gather(-1, ids[..., None])[..., 0]
-
-
-class Table:
-    """Keys and values of all rows, in place of the library's cache.
-
-    Every layer's are allocated once, and only a longer prompt than all before makes them grow.
-    """
-
-    def __init__(self):
-        self.rows = self.columns = 0
-        self.layers = []  # [keys, values] of each layer, both (rows, columns, KV heads, head dim)
-
-        # Where the next forward writes: indices of rows and columns that broadcast to (n, L). What
-        # it attends to: the table's first (rows, columns); None: only what it writes itself.
-        self.target = self.read = None
-
-    def reserve(self, rows, columns):
-        """Make room for rows of `columns` columns. The first call decides how many rows: it comes
-        with as many prompts as there are, or with as many as there are rows."""
-        self.rows = self.rows or rows
-        if columns > self.columns:
-            # By an eighth at least, so that it happens rarely; layer by layer, so that two tables
-            # never exist at once. Zeros, because attention multiplies what it does not see by 0.
-            columns = max(columns, self.columns * 9 // 8)
-            self.columns = -(-columns // STRIDE) * STRIDE
-            for layer in self.layers:
-                for i, old in enumerate(layer):
-                    layer[i] = F.pad(old, (0, 0, 0, 0, 0, self.columns - old.shape[1]))
-
-    def update(self, keys, values, layer, *_, **__):
-        """Called by each layer's attention with new keys and values, (n, KV heads, L, head dim).
-        Returns those to attend to, (n, KV heads, columns, head dim)."""
-        # The first prefill tells how many layers there are, and their sizes.
-        if layer == len(self.layers):
-            shape = (self.rows, self.columns, keys.shape[1], keys.shape[3])
-            self.layers.append([keys.new_zeros(shape), values.new_zeros(shape)])
-        for stored, new in zip(self.layers[layer], (keys, values)):
-            stored[self.target] = new.transpose(1, 2)
-        if self.read is None:
-            return keys, values
-        n, width = self.read
-        return [stored[:n, :width].transpose(1, 2) for stored in self.layers[layer]]
-
-    def move(self, source, target):
-        """Copy a row over another one."""
-        for layer in self.layers:
-            for stored in layer:
-                stored[target] = stored[source]
-
-
-def prefill(model, table, place, newcomers):
-    """Read new prompts into the table's rows from `place` on. Returns next-token logits (n, V).
-
-    Prompts are padded on the right: no token sees what comes after it, so plain causal attention
-    hides the padding, and responses later overwrite it.
-    """
-    parts, size = [], max(1, PREFILL // max(row.P for row in newcomers))
-    for start in range(0, len(newcomers), size):
-        prompts = [row.prompt for row in newcomers[start:start + size]]
-        inputs = right_padded(prompts, model.device)
-        n, P = inputs["input_ids"].shape
-        rows = torch.arange(place + start, place + start + n, device=model.device)
-        table.target = rows[:, None], torch.arange(P, device=model.device)
-        table.read = None
-
-        # A layout (see group_attention) of a prompt without responses means: causal.
-        hidden = model.model(**inputs, attention_mask=torch.tensor([[[[P]]]]), use_cache=True,
-                             **{CACHE: table}).last_hidden_state                # (n, P, hidden)
-        last = torch.tensor([len(prompt.ids) - 1 for prompt in prompts], device=model.device)
-        parts.append(model.lm_head(hidden[torch.arange(n, device=model.device), last]))
-    logits = torch.cat(parts)
-    if logits.isnan().any():
-        raise InputError("the model's output is not a number for one of these prompts: its weights "
-                         "are damaged, or an image overflows its number format")
-    return logits
-
-
-def right_padded(prompts, device):
-    """n Prompts -> one batch of model inputs, (n, P) tokens, padded on the right."""
-    ids = pad_sequence([p.ids for p in prompts], batch_first=True)              # (n, P)
-    positions = pad_sequence([p.positions.T for p in prompts], batch_first=True)    # (n, P, 3)
-    return {"input_ids": ids.to(device),
-            "position_ids": positions.permute(2, 0, 1).to(device),
-            "pixel_values": torch.cat([p.pixels for p in prompts]).to(device),
-            "image_grid_thw": torch.cat([p.grids for p in prompts]).to(device)}
-
-
-def decode(model, table, active):
-    """One step: each response's newest token goes in. Returns next-token logits (n, G, V)."""
-    n, G, device = len(active), len(active[0].responses), model.device
-    newest = torch.tensor([row.newest for row in active], device=device)        # (n, G)
-    facts = torch.tensor([(row.P, row.t - 1, row.start) for row in active], device=device)
-    P, t, start = facts.T[:, :, None]                                           # (n, 1) each
-    own = P + t * G + torch.arange(G, device=device)                            # (n, G) columns
-
-    # What a response sees, by the arithmetic of the drawing. The mask is made once a step in the
-    # form in which attention adds it: the query heads that share a KV head are further queries.
-    width = max(row.P + row.t * G for row in active)
-    width = -(-width // STRIDE) * STRIDE
-    columns = torch.arange(width, device=device)
-    back = own[:, :, None] - columns                                            # (n, G, width)
-    seen = (columns < P[:, :, None]) | ((back >= 0) & (back % G == 0))
-    mask = torch.zeros(seen.shape, dtype=model.dtype, device=device)
-    mask = mask.masked_fill(~seen, float("-inf"))
-    config = model.config.get_text_config()
-    mask = mask.repeat(1, config.num_attention_heads // config.num_key_value_heads, 1)[:, None]
-
-    # All three axes of a text token's position are equal, and count on from the prompt's highest.
-    table.target = torch.arange(n, device=device)[:, None], own
-    table.read = n, width
-    return model(input_ids=newest, position_ids=(start + t).expand(3, n, G), attention_mask=mask,
-                 use_cache=True, **{CACHE: table}).logits
 
 
 # ---------------------------------------------------------------------------------------------
@@ -510,7 +401,7 @@ def group_attention(module, query, key, value, mask, scaling, **more):
                                and its responses. The prompt is causal, each response sees the
                                prompt and itself. A dense (L, L) mask says the same, but takes
                                0.6 GB at L = 25,000 and keeps SDPA off its flash kernel.
-    float (n, 1, ., columns)   a step of the sampler: what `decode` made.
+    float (n, 1, ., columns)   a step of the sampler: what `decode_step` made.
     """
     if mask is None or mask.dtype == torch.bool:
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **more)
@@ -608,6 +499,119 @@ def prefetch(make, items, depth=16):
 def progress(items, text):
     """A progress bar for what takes longer than a few seconds; it leaves no trace."""
     return tqdm(list(items), text, leave=False, delay=5, unit="prompt", disable=None)
+
+
+# ---------------------------------------------------------------------------------------------
+# The sampler's table: where keys and values are, and the two kinds of forwards
+
+
+class Table:
+    """Keys and values of all rows, in place of the library's cache.
+
+    Every layer's are allocated once, and only a longer prompt than all before makes them grow.
+    """
+
+    def __init__(self):
+        self.rows = self.columns = 0
+        self.layers = []  # [keys, values] of each layer, both (rows, columns, KV heads, head dim)
+
+        # Where the next forward writes: indices of rows and columns that broadcast to (n, L). What
+        # it attends to: the table's first (rows, columns); None: only what it writes itself.
+        self.target = self.read = None
+
+    def reserve(self, rows, columns):
+        """Make room for rows of `columns` columns. The first call decides how many rows: it comes
+        with as many prompts as there are, or with as many as there are rows."""
+        self.rows = self.rows or rows
+        if columns > self.columns:
+            # By an eighth at least, so that it happens rarely; layer by layer, so that two tables
+            # never exist at once. Zeros, because attention multiplies what it does not see by 0.
+            columns = max(columns, self.columns * 9 // 8)
+            self.columns = -(-columns // STRIDE) * STRIDE
+            for layer in self.layers:
+                for i, old in enumerate(layer):
+                    layer[i] = F.pad(old, (0, 0, 0, 0, 0, self.columns - old.shape[1]))
+
+    def update(self, keys, values, layer, *_, **__):
+        """Called by each layer's attention with new keys and values, (n, KV heads, L, head dim).
+        Returns those to attend to, (n, KV heads, columns, head dim)."""
+        # The first prefill tells how many layers there are, and their sizes.
+        if layer == len(self.layers):
+            shape = (self.rows, self.columns, keys.shape[1], keys.shape[3])
+            self.layers.append([keys.new_zeros(shape), values.new_zeros(shape)])
+        for stored, new in zip(self.layers[layer], (keys, values)):
+            stored[self.target] = new.transpose(1, 2)
+        if self.read is None:
+            return keys, values
+        n, width = self.read
+        return [stored[:n, :width].transpose(1, 2) for stored in self.layers[layer]]
+
+    def move(self, source, target):
+        """Copy a row over another one."""
+        for layer in self.layers:
+            for stored in layer:
+                stored[target] = stored[source]
+
+
+def prefill(model, table, place, newcomers):
+    """Read new prompts into the table's rows from `place` on. Returns next-token logits (n, V).
+
+    Prompts are padded on the right: no token sees what comes after it, so plain causal attention
+    hides the padding, and responses later overwrite it.
+    """
+    parts, size = [], max(1, PREFILL // max(row.P for row in newcomers))
+    for start in range(0, len(newcomers), size):
+        prompts = [row.prompt for row in newcomers[start:start + size]]
+        inputs = right_padded(prompts, model.device)
+        n, P = inputs["input_ids"].shape
+        rows = torch.arange(place + start, place + start + n, device=model.device)
+        table.target = rows[:, None], torch.arange(P, device=model.device)
+        table.read = None
+
+        # A layout (see group_attention) of a prompt without responses means: causal.
+        hidden = model.model(**inputs, attention_mask=torch.tensor([[[[P]]]]), use_cache=True,
+                             **{CACHE: table}).last_hidden_state                # (n, P, hidden)
+        last = torch.tensor([len(prompt.ids) - 1 for prompt in prompts], device=model.device)
+        parts.append(model.lm_head(hidden[torch.arange(n, device=model.device), last]))
+    return torch.cat(parts)                                                     # (n, V)
+
+
+def right_padded(prompts, device):
+    """n Prompts -> one batch of model inputs, (n, P) tokens, padded on the right."""
+    ids = pad_sequence([p.ids for p in prompts], batch_first=True)              # (n, P)
+    positions = pad_sequence([p.positions.T for p in prompts], batch_first=True)    # (n, P, 3)
+    return {"input_ids": ids.to(device),
+            "position_ids": positions.permute(2, 0, 1).to(device),
+            "pixel_values": torch.cat([p.pixels for p in prompts]).to(device),
+            "image_grid_thw": torch.cat([p.grids for p in prompts]).to(device)}
+
+
+def decode_step(model, table, active):
+    """One step: each response's newest token goes in. Returns next-token logits (n, G, V)."""
+    n, G, device = len(active), len(active[0].responses), model.device
+    newest = torch.tensor([row.newest for row in active], device=device)        # (n, G)
+    facts = torch.tensor([(row.P, row.t - 1, row.start) for row in active], device=device)
+    P, t, start = facts.T[:, :, None]                                           # (n, 1) each
+    own = P + t * G + torch.arange(G, device=device)                            # (n, G) columns
+
+    # What a response sees, by the arithmetic of the drawing. The mask is made once a step in the
+    # form in which attention adds it: the query heads that share a KV head are further queries.
+    width = max(row.P + row.t * G for row in active)
+    width = -(-width // STRIDE) * STRIDE
+    columns = torch.arange(width, device=device)
+    back = own[:, :, None] - columns                                            # (n, G, width)
+    own_earlier = (back >= 0) & (back % G == 0)
+    seen = (columns < P[:, :, None]) | own_earlier
+    mask = torch.zeros(seen.shape, dtype=model.dtype, device=device)
+    mask = mask.masked_fill(~seen, float("-inf"))
+    config = model.config.get_text_config()
+    mask = mask.repeat(1, config.num_attention_heads // config.num_key_value_heads, 1)[:, None]
+
+    # All three axes of a text token's position are equal, and count on from the prompt's highest.
+    table.target = torch.arange(n, device=device)[:, None], own
+    table.read = n, width
+    return model(input_ids=newest, position_ids=(start + t).expand(3, n, G), attention_mask=mask,
+                 use_cache=True, **{CACHE: table}).logits
 
 
 def penalised(logits, active, penalty, codec):
@@ -710,7 +714,7 @@ def fitting(codec, examples, response_tokens, skip_bad=False):
     """
     # Visual tokens are taken at their most, so that the boxes cannot matter.
     visual = (1 + MAX_CROPS) * (codec.size["longest_edge"] // codec.token_side**2)
-    limit = min(TEXT_TOKENS, codec.positions - visual - response_tokens)
+    limit = min(TEXT_TOKENS, codec.max_positions - visual - response_tokens)
     fit, bad = [], []
     for example in examples:
         # The text around the images counts, too: their tokens' stand-ins, the chat's own.

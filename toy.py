@@ -35,7 +35,7 @@ CANVAS = 512            # side of a scene; this and all lengths below are pixels
 BUDGET = 64 * 64        # pixels of every image that the model sees: an eighth of the canvas' width
 GRID = 4                # at most one thing in each cell of a 4 x 4 grid
 WAYS = ("across", "down", "uphill", "downhill")
-# Of the stripes along each axis: 1.25 px in the full view (gone), 2.8 px or more in a crop.
+# Of the stripes along each axis: 1.25 px in the full view (gone), 2.6 px or more in a crop.
 PERIOD = 10
 INNER = 0.72            # the striped inside, as a share of a thing's size; the rim has its colour
 SHAPES = ("circle", "square", "triangle")

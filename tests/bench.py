@@ -355,7 +355,7 @@ def scripted(lengths, rows):
     def prefill(model, table, place, newcomers):
         return logits(newcomers)[:, 0]
 
-    def decode(model, table, active):
+    def decode_step(model, table, active):
         steps.append([row.order for row in active])
         return logits(active)
 
@@ -363,7 +363,7 @@ def scripted(lengths, rows):
     model = SimpleNamespace(eval=lambda: None, device=torch.device("cpu"))
     codec = SimpleNamespace(banned=none, stop_ids=end, decode=lambda ids: "")
     prompts = [rollout.Prompt(end, end.expand(3, 1), None, None) for _ in lengths]
-    with mock.patch.multiple(rollout, prefill=prefill, decode=decode):
+    with mock.patch.multiple(rollout, prefill=prefill, decode_step=decode_step):
         return list(rollout.sample(model, codec, prompts, group=len(lengths[0]), greedy=True,
                                    max_tokens=max(map(max, lengths)), rows=rows)), steps
 

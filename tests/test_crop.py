@@ -21,7 +21,7 @@ SIGN = (10, 20, 300, 400, "sign")
     (f"[{ONE}, {ONE}]", [SIGN, SIGN], True, 0),              # duplicates are kept for the rule
     (ONE, [SIGN], True, 0),
     (f'{{"objects": [{ONE}]}}', [SIGN], True, 0),             # a wrapper
-    (f'{{"boxes": [{ONE}]}}', [SIGN], True, 1),               # one that is called like a box
+    (f'{{"boxes": [{ONE}]}}', [SIGN], True, 0),               # called like a box
     (f'{{"objects": [{ONE}, {{"bbox_2d": [50, 60', [SIGN], True, 1),
     ('{"objects": []}', [], True, 0),
     (f"[{{{ONE}]", [SIGN], True, 0),                          # a stray brace

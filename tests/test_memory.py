@@ -200,7 +200,8 @@ def test_an_update_that_wastes_memory_exceeds_the_estimate(card, monkeypatch, mi
     s = Settings()
     policy, frozen, optimizer = players(card, s, layers=4)
     if mistake == "activations":
-        policy.gradient_checkpointing_disable()
+        for module in policy.modules():
+            module.gradient_checkpointing = False
     if mistake == "moments":
         for state in optimizer.adam.state.values():
             for kind in ("exp_avg", "exp_avg_sq"):
@@ -228,7 +229,7 @@ def sampling_peak(card, s, model, rows, G):
             rollout.prefill(model, table, 0, active[:at_once])
         for row in active:
             row.newest, row.t = [100] * G, s.reason_tokens - 1
-        logits = rollout.decode(model, table, active)
+        logits = rollout.decode_step(model, table, active)
         rollout.draw(logits, torch.tensor([151655]), False, None)
     return (card.peak - before) / GIB
 
@@ -297,10 +298,10 @@ def test_a_run_that_cannot_fit_the_card_is_refused_in_one_sentence(monkeypatch, 
 
 
 class Steps:
-    """Wraps rollout.decode; notes what is alive before each step, and what the step adds to it."""
+    """Wraps rollout.decode_step; notes what is alive before each step, and what the step adds to it."""
 
     def __init__(self, live, leak):
-        self.live, self.leak, self.decode = live, leak, rollout.decode
+        self.live, self.leak, self.decode = live, leak, rollout.decode_step
         self.before, self.added, self.kept = [], [], []
 
     def __call__(self, model, table, active):
@@ -321,7 +322,7 @@ def test_nothing_lives_on_or_grows_from_one_step_to_the_next(tiny, monkeypatch, 
     codec.stop_ids = torch.tensor([], dtype=torch.long)
     with Live() as live:
         steps = Steps(live, leak)
-        monkeypatch.setattr(rollout, "decode", steps)
+        monkeypatch.setattr(rollout, "decode_step", steps)
         groups = list(rollout.sample(model, codec, prompts_of(codec)[:2], group=3, max_tokens=200,
                                      rows=2))
     assert [len(c.ids) for group in groups for c in group.completions] == [200] * 6

@@ -547,7 +547,7 @@ def test_outputs_that_are_not_numbers_stop_the_sampler(tiny):
         greedy(model, codec, prompts_of(codec))
 
 
-@pytest.mark.parametrize("stage", ["prefill", "decode", "draw"])
+@pytest.mark.parametrize("stage", ["prefill", "decode_step", "draw"])
 def test_running_out_of_memory_names_the_remedy(tiny, monkeypatch, stage):
     def full(*args):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -583,7 +583,7 @@ def test_a_decode_step_of_28_layers_is_below_1000_launches(tiny, monkeypatch):
     text.head_dim, text.layer_types = 32, ["full_attention"] * 28
     deep = rollout.quicken(Qwen3VLForConditionalGeneration._from_config(
         config, attn_implementation={"text_config": "group", "vision_config": "sdpa"}))
-    counts, decode = [], rollout.decode
+    counts, decode = [], rollout.decode_step
 
     def counted(*args):
         with Launches() as launches, monkeypatch.context() as patch:
@@ -592,7 +592,7 @@ def test_a_decode_step_of_28_layers_is_below_1000_launches(tiny, monkeypatch):
         counts.append(launches.count)
         return logits
 
-    monkeypatch.setattr(rollout, "decode", counted)
+    monkeypatch.setattr(rollout, "decode_step", counted)
     codec.stop_ids = torch.tensor([], dtype=torch.long)
     list(sample(deep, codec, prompts_of(codec), group=8, max_tokens=3, rows=3))
     print("launches of a decode step:", counts)
