@@ -235,7 +235,7 @@ def perception(players, questions, s, generator):
     for rollout in rollouts:
         if not rollout.void:
             coordinates = tuple(box[:4] for box in rollout.boxes)
-            asked.setdefault((rollout.example, coordinates), []).append(rollout)
+            asked.setdefault((id(rollout.example), coordinates), []).append(rollout)
     cases = [(same[0].example, same[0].boxes) for same in asked.values()]
 
     started = time.perf_counter()  # `reason` works while the loop below asks for its answers

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import Qwen3VLForConditionalGeneration
 
 import grpo
+import hours
 import rollout
 from bench import full_config
 from conftest import prompts_of
@@ -198,10 +199,15 @@ def test_the_update_peaks_just_below_the_estimate(card, flags):
 def test_an_update_that_wastes_memory_exceeds_the_estimate(card, monkeypatch, mistake):
     """So the test above can fail. Four layers, which are enough for it and quick."""
     s = Settings()
+<<<<<<< HEAD
     policy, frozen, optimizer = players(card, s, layers=4)
     if mistake == "activations":
         for module in policy.modules():
             module.gradient_checkpointing = False
+=======
+    keeps = Settings(checkpointing=mistake != "activations")
+    policy, frozen, optimizer = players(card, keeps, layers=4)
+>>>>>>> memory
     if mistake == "moments":
         for state in optimizer.adam.state.values():
             for kind in ("exp_avg", "exp_avg_sq"):
@@ -335,3 +341,21 @@ def test_nothing_lives_on_or_grows_from_one_step_to_the_next(tiny, monkeypatch, 
     # more, at 64 bytes or less for each.
     if not leak:
         assert max(steps.added) - min(steps.added) < 6 * 600 * 64
+
+
+# --- tests/hours.py
+
+
+def test_the_hours_follow_from_the_numbers_that_are_given(capsys):
+    """Half of the card's speed takes longer, but not twice as long: decoding stays as it was."""
+    totals = []
+    for flags in ([], ["--mfu", "0.2"]):
+        hours.main(flags)
+        defaults = capsys.readouterr().out.splitlines()[4]
+        totals.append(float(defaults.split()[4]))
+    assert 1.2 * totals[0] < totals[1] < 2 * totals[0]
+
+
+def test_decode_steps_of_equal_lengths_are_waves():
+    """Seven prompts of 10 tokens on three rows take three waves."""
+    assert hours.decode_steps(7, 3, 2, mean=10, sigma=0, limit=99) == pytest.approx((30, 10))
