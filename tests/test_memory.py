@@ -199,15 +199,8 @@ def test_the_update_peaks_just_below_the_estimate(card, flags):
 def test_an_update_that_wastes_memory_exceeds_the_estimate(card, monkeypatch, mistake):
     """So the test above can fail. Four layers, which are enough for it and quick."""
     s = Settings()
-<<<<<<< HEAD
-    policy, frozen, optimizer = players(card, s, layers=4)
-    if mistake == "activations":
-        for module in policy.modules():
-            module.gradient_checkpointing = False
-=======
     keeps = Settings(checkpointing=mistake != "activations")
     policy, frozen, optimizer = players(card, keeps, layers=4)
->>>>>>> memory
     if mistake == "moments":
         for state in optimizer.adam.state.values():
             for kind in ("exp_avg", "exp_avg_sq"):
