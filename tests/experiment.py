@@ -363,7 +363,8 @@ def run_all(args, more, flags):
         running.append(process)
         return process.wait()
 
-    # All of them. When this process is stopped nothing new begins, and what runs is asked, once, to save.
+    # All of them. When this process is stopped nothing new begins, and what runs is asked, once,
+    # to save.
     failed = []
     pool = ThreadPoolExecutor(args.jobs)
     try:
