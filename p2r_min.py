@@ -120,8 +120,8 @@ class Settings:
     max_pixels: int = 2_097_152       # pixel budget of every image the model sees, crops too
     perceive_tokens: int = 1024       # longest Perceiver response
     reason_tokens: int = 2048         # longest Reasoner response
-    rollout_batch: int = 8            # questions sampled together, G responses each
-    partner_batch: int = 16           # prompts that the frozen copy, or evaluation, takes together
+    rollout_batch: int = 12           # questions sampled together, G responses each
+    partner_batch: int = 24           # prompts that the frozen copy, or evaluation, takes together
     checkpointing: bool = True        # recompute activations in the backward pass: slower, smaller
     offload: bool = False             # masters and moments in the computer's memory, not the GPU's
 
@@ -400,8 +400,12 @@ def train(s, run):
 
 
 def frozen_copy(policy):
-    """The policy as it is now. One bf16 copy serves as the other role and as the KL's reference."""
-    return copy.deepcopy(policy).eval().requires_grad_(False)
+    """The policy as it is now. One copy serves as the other role and as the reference of the KL.
+
+    What is not trained is shared, not copied: with LoRA the copy is one more adapter.
+    """
+    shared = {id(p): p for p in policy.parameters() if not p.requires_grad}
+    return copy.deepcopy(policy, shared).eval().requires_grad_(False)
 
 
 def questions_of(examples, step, s):
@@ -715,8 +719,9 @@ class Run:
             try:
                 optimizer.load(newest)
                 players.frozen = frozen_copy(players.policy)
-                frozen = dict(players.frozen.named_parameters())
-                grpo.load_into(frozen, newest / "frozen.safetensors")
+                frozen = players.frozen.get_parameter
+                own = {name: frozen(name) for name in optimizer.names}
+                grpo.load_into(own, newest / "frozen.safetensors")
             except (OSError, KeyError, RuntimeError, SafetensorError) as error:
                 raise InputError(f"{newest} cannot be read ({error}): move it away to go on from "
                                  f"the checkpoint before it") from error
@@ -781,7 +786,8 @@ class Run:
         """All that the next step depends on. Raises InputError for weights that are not finite."""
         # A policy that is not a number would go on as one for ever.
         tensors = self.optimizer.state()
-        tensors["frozen"] = dict(self.players.frozen.named_parameters())
+        frozen = self.players.frozen.get_parameter
+        tensors["frozen"] = {name: frozen(name) for name in self.optimizer.names}
         for name, master in tensors["masters"].items():
             if not master.isfinite().all():
                 raise InputError(f"{name} is not finite after step {self.step}: not saved; resume "
@@ -841,10 +847,12 @@ def write_model(policy, source, folder):
     # Tokenizer, image processor and configuration come along; weights of any format do not.
     others = (".*", "*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5")
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns(*others))
+    save_file(weights_of(policy), folder / "model.safetensors", metadata={"format": "pt"})
 
-    # (named_parameters lists tied weights once, as the original file does.)
-    tensors = {name: p.detach().to(torch.bfloat16) for name, p in policy.named_parameters()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+def weights_of(policy):
+    """{name: bf16 tensor} as the original file has them: tied weights once."""
+    return {name: p.detach().to(torch.bfloat16) for name, p in policy.named_parameters()}
 
 
 def next_free_folder(model):
@@ -866,16 +874,20 @@ def settings_of_run(name, given):
         folder = folder.parent
     try:
         known = json.loads((folder / "config.json").read_text())
-        known = {key: known[key] for key in Settings.__dataclass_fields__}
+        if "schedule" not in known:
+            raise ValueError("it is a model's")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--resume {name}: {folder} is no run folder, for its config.json cannot "
-                         f"be read or is not a run's; start it with its own command") from error
+                         f"be read ({error}); start the run with its own command") from error
 
     # A given flag wins. Whether it makes sense in the middle of a run is the user's to know.
-    for key, value in given.items():
-        if value != known[key]:
-            print(f"changed: --{key.replace('_', '-')} from {known[key]} to {value}")
-    return Settings(**known | given | {"out": str(folder)})
+    s = Settings(out=str(folder))
+    for key in Settings.__dataclass_fields__:
+        if key in given and given[key] != known.get(key):
+            print(f"changed: --{key.replace('_', '-')} from {known.get(key)} to {given[key]}")
+        if key != "out":
+            setattr(s, key, given.get(key, known.get(key, getattr(s, key))))
+    return s
 
 
 @contextlib.contextmanager

@@ -14,7 +14,8 @@ import p2r_min  # noqa: E402
 
 
 def main():
-    flags = ["--steps", "2", "--eval-data", "", "--sample-every", "0"]
+    # Without the KL no gradient is left but that of the reward.
+    flags = ["--steps", "2", "--kl", "0", "--eval-data", "", "--sample-every", "0"]
     with tempfile.TemporaryDirectory() as folder:
         p2r_min.main([*flags, "--out", f"{folder}/run", *sys.argv[1:]])
         rows = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").open()]

@@ -281,7 +281,7 @@ def test_a_run_that_cannot_fit_the_card_is_refused_in_one_sentence(monkeypatch, 
 
     card_of(79)
     check_memory(OnCard(), Settings())
-    assert re.fullmatch(r"memory, computed: 58\.\d GiB while sampling, 49\.3 GiB while updating; "
+    assert re.fullmatch(r"memory, computed: 70\.\d GiB while sampling, 49\.3 GiB while updating; "
                         r"the GPU has 79\.0\n", capsys.readouterr().out)
 
     card_of(23.6)
