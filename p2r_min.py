@@ -764,7 +764,7 @@ class Run:
         self.bar.update()
         if done + 1 == self.s.steps:
             self.bar.close()
-        if self.bar.disable and self.step % 5 in (0, 1):
+        if self.bar.disable and (self.step % 5 == 0 or self.step == 1):
             hours = seconds * (self.s.total - self.step) / 3600
             print(f"step {self.step}/{self.s.total} {phase}: reward {told['reward']}, "
                   f"kl {told['kl']}, {seconds:.1f} s a step, {hours:.1f} h left", flush=True)
