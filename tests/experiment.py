@@ -294,12 +294,13 @@ class Gradient(grpo.MasterAdamW):
 
 
 def overlap(policy, codec, examples, s, steps=4):
-    """Do both roles pull the same weights the same way? Cosines between their gradients, a dict.
+    """What would a step that trains one role do to the other one, on these very weights?
 
-    Each gradient is that of GRPO's loss on the questions of `steps` steps. Sampling makes it noisy,
-    so a cosine `across` the roles means something only beside those of a role with itself on other
-    questions, `perception` and `reasoning`: if the roles were one, all three would be equal. None
-    where a gradient is zero, because in no group the rewards differ.
+    Returns a dict {"A on B": cosine} between a step of Adam for role A and the gradient of role B,
+    both of GRPO's loss, on the questions of `steps` steps each, and never the same questions. More
+    than 0: the step helps B; less: it harms B. "A on A" shows what a step does to its own role on
+    questions that it was not made for, so how much of it is noise. None where a gradient is zero,
+    because in no group the rewards differ.
     """
     players = Players(policy, p2r_min.frozen_copy(policy), codec, judge=None)
     keeper = Gradient(policy, s.lr)
@@ -317,10 +318,14 @@ def overlap(policy, codec, examples, s, steps=4):
                 banned=codec.banned, kl=s.kl, clip=s.clip, max_norm=s.max_grad_norm)
             found.append(keeper.vector)
 
-    # Across the roles, too, gradients of different questions are compared.
-    (p0, p1), (r0, r1) = gradients.values()
-    across = [value for value in (cosine(p0, r1), cosine(p1, r0)) if value is not None]
-    return {"perception": cosine(p0, p1), "reasoning": cosine(r0, r1), "across": mean(across)}
+    # Adam's first step is close to the sign of the gradient: what is steep weighs no more in it
+    # than what is flat. Cosines between the gradients themselves would speak of another optimizer.
+    found = {}
+    for one, (made, _) in gradients.items():
+        for other, (_, met) in gradients.items():
+            step = made / (made.abs() + 1e-8)
+            found[f"{one} on {other}"] = cosine(step, met)
+    return found
 
 
 def cosine(a, b):

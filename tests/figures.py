@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 import experiment
-from experiment import ROOT, SCHEDULES, UPDATES
+from experiment import BOTH, ROOT, SCHEDULES, UPDATES
 
 import eval as evaluation
 from crop import gather
@@ -142,13 +142,14 @@ def table(results):
 
 
 def interference(results):
-    """What a phase does to either role, and whether both roles pull the same way at its end.
+    """What a phase does to either role; and what, at its end, a step for one does to the other.
 
     hit is the Perceiver's, oracle the Reasoner's: in a phase that trains the one, a change of the
-    other is interference, or transfer.
+    other is interference, or transfer. Cosines: see experiment.overlap.
     """
-    print_row("schedule", "phase", "hit", "oracle", "cosine perception", "reasoning", "across")
-    print("|---" * 7 + "|")
+    pairs = [f"{one} on {other}" for one in BOTH for other in BOTH]
+    print_row("schedule", "phase", "hit", "oracle", *pairs)
+    print("|---" * 8 + "|")
     for name, runs in results.runs.items():
         # The start is no phase, but it has cosines. Schedules without them have empty cells.
         steps = round(SCHEDULES[name].share * results.updates)
@@ -161,7 +162,7 @@ def interference(results):
                         now = results.at(run, key, number * steps)
                         values.append(now - results.at(run, key, (number - 1) * steps))
             cosines = []
-            for pair in ("perception", "reasoning", "across"):
+            for pair in pairs:
                 values = [run["overlap"].get(f"{number}-{phase}", {}).get(pair) for run in runs]
                 cosines.append(told([value for value in values if value is not None]))
             print_row(name, f"{number}-{phase}", told(changes["hit"]), told(changes["oracle"]),

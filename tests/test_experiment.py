@@ -1,4 +1,4 @@
-"""tests/experiment.py and tests/figures.py: equal budgets, the forks, and the statistics by hand."""
+"""tests/experiment.py and tests/figures.py: equal budgets, forks, and the statistics by hand."""
 
 import json
 import math
@@ -183,6 +183,28 @@ def test_the_gradient_that_is_kept_is_that_of_the_loss(tiny):
     assert experiment.cosine(keeper.vector, torch.zeros_like(expected)) is None
 
 
+def test_overlap_compares_a_step_with_the_gradient_on_other_questions(tiny, monkeypatch):
+    """Gradients by hand: Adam's step for (4, -0.1) is (1, -1), and that for (0, 2) is (0, 1)."""
+    made = iter([(4.0, -0.1), (3.0, 4.0), (0.0, 2.0), (0.0, -5.0)])
+    asked = []
+
+    def phase(players, questions, s, generator):
+        asked.append(questions)
+        return Experience([], [], [])
+
+    def update(policy, reference, keeper, *args, **how):
+        keeper.vector = torch.tensor(next(made))
+
+    monkeypatch.setattr(p2r_min, "PHASES", {"perception": phase, "reasoning": phase})
+    monkeypatch.setattr(grpo, "update_batch", update)
+    s = p2r_min.Settings(questions=2)
+    found = experiment.overlap(*tiny, list(range(100)), s)
+    assert found == pytest.approx({
+        "perception on perception": -0.141421, "perception on reasoning": 0.707107,
+        "reasoning on perception": 0.8, "reasoning on reasoning": -1.0}, abs=1e-5)
+    assert asked[0] == asked[2] and asked[1] == asked[3] and not set(asked[0]) & set(asked[1])
+
+
 # --- the statistics
 
 
@@ -210,7 +232,8 @@ def fake_run(out, name, seed, p2r, plain, partner_calls):
             "oracle": 0.9, "n": 50, "categories": {"one": [0.8, 0.2]}}) + "\n")
     (folder / "accuracy.jsonl").write_text("".join(lines))
     afterwards = {"evidence": {}, "swapped": {}, "overlap": {
-        "1-perception": {"perception": 0.5, "reasoning": None, "across": 0.1}}}
+        "1-perception": {"perception on perception": 0.5, "perception on reasoning": None,
+                         "reasoning on perception": 0.1}}}
     (folder / "afterwards.json").write_text(json.dumps(afterwards))
     return folder
 
@@ -266,7 +289,7 @@ def test_interference_is_told_phase_by_phase(results, capsys):
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
     alternate = {row[1]: row[2:] for row in rows if row[0] == "alternate"}
     assert alternate["1-perception"] == [
-        "+0.050 ± 0.000", "+0.000 ± 0.000", "+0.500 ± 0.000", "", "+0.100 ± 0.000"]
+        "+0.050 ± 0.000", "+0.000 ± 0.000", "+0.500 ± 0.000", "", "+0.100 ± 0.000", ""]
     assert alternate["2-reasoning"][0] == "+0.075 ± 0.318"
 
 
