@@ -670,8 +670,9 @@ def load_data(spec, images=None, skip_bad=False, flag="--data"):
     need(examples, f"{flag} {spec} holds no example; {first}")
     forms = Counter(example.answer_form for example in examples)
     forms = ", ".join(f"{count:,} {form}" for form, count in forms.items())
-    columns = ", ".join(f"{field} <- {column}" for field, column in used.items())
-    print(f"read {len(examples):,} examples from {spec}: {forms}; columns {columns}")
+    renamed = [f"{field} <- {column}" for field, column in used.items() if field != column]
+    columns = "; columns " + ", ".join(renamed) if renamed else ""
+    print(f"read {len(examples):,} examples from {spec}: {forms}{columns}")
     if reread:
         print(f"{len(reread):,} answers of form na are not one number, such as {reread[0]!r}: they "
               f"are compared as free-form")

@@ -12,6 +12,10 @@ Each response attends to the prompt and to itself, and each starts at the same p
 the prompt. The result equals G separate forwards (tests/test_grpo.py compares them), but it costs
 P + G R tokens instead of G (P + R).
 
+Where GRPO code differs, this is the paper's choice: advantages are divided by the group's std; the
+loss is a mean over all tokens of the batch, not of each response; the KL is a term of the loss, not
+of the reward; there is one update a batch, so the clip never acts unless --updates asks for more.
+
 Shapes: Q questions, G samples a group, P prompt tokens, R response tokens, V vocabulary. T is the
 sum of a group's R: every per-token tensor of a group is one flat (T,), response after response.
 """
@@ -191,7 +195,7 @@ def update_batch(policy, reference, optimizer, groups, advantages, *, banned, kl
     policy.train()  # for activation checkpointing; Qwen3-VL has no dropout
 
     for _ in range(updates):
-        sums = {"loss": 0.0, "kl": 0.0, "entropy": 0.0, "clip_fraction": 0.0}
+        metrics = {"loss": 0.0, "kl": 0.0, "entropy": 0.0, "clip_fraction": 0.0}
         nonfinite = []
 
         # Memory is that of one group: its gradient is added up and its graph freed before the next.
@@ -219,22 +223,22 @@ def update_batch(policy, reference, optimizer, groups, advantages, *, banned, kl
                 continue
             loss.backward()
 
-            sums["loss"] += loss.item()
-            sums["kl"] += k3(logp.detach(), ref_logps[q]).sum().item() / tokens
-            sums["entropy"] += entropy.sum().item() / tokens
-            sums["clip_fraction"] += clipped.sum().item() / tokens
+            metrics["loss"] += loss.item()
+            metrics["kl"] += k3(logp.detach(), ref_logps[q]).sum().item() / tokens
+            metrics["entropy"] += entropy.sum().item() / tokens
+            metrics["clip_fraction"] += clipped.sum().item() / tokens
 
         # A loss that is not finite poisons the whole sum: this batch teaches nothing.
         if nonfinite:
             optimizer.discard()
-            sums["grad_norm"] = math.nan
+            metrics["grad_norm"] = math.nan
             break
-        sums["grad_norm"] = optimizer.step(max_norm)
-        if not math.isfinite(sums["grad_norm"]):
+        metrics["grad_norm"] = optimizer.step(max_norm)
+        if not math.isfinite(metrics["grad_norm"]):
             nonfinite = list(range(len(groups)))
             break
 
-    return sums | {"sampler_gap": gap / tokens, "nonfinite": nonfinite}
+    return metrics | {"sampler_gap": gap / tokens, "nonfinite": nonfinite}
 
 
 # ---------------------------------------------------------------------------------------------
