@@ -300,6 +300,16 @@ def test_an_image_that_breaks_during_the_run_stops_it_after_saving(
     assert outcome(go(s, resumed=True)) == undisturbed
 
 
+def test_resume_leaves_a_broken_image_out(folder, data, tmp_path, scripted):
+    """With --skip-bad, as the message says: its body is cut off, its header can be read."""
+    os.truncate(data.parent / "2.png", (data.parent / "2.png").stat().st_size // 2)
+    s = settings(folder, data, tmp_path / "run", eval_data="")
+    with pytest.raises(InputError, match=r"2\.png.*--skip-bad.*saved, go on with"):
+        go(s)
+    main(["--resume", str(tmp_path / "run"), "--skip-bad"])
+    assert len(metrics(tmp_path / "run")) == 6
+
+
 # --- numbers that go wrong
 
 
