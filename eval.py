@@ -1189,9 +1189,7 @@ def run_program(name, main, arguments=None, hint=""):
         raise KeyboardInterrupt(number)
 
     # The handlers that were here before are put back: tests run programs inside their own.
-    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
-    signals = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    before = {number: signal.signal(number, stop) for number in signals}
+    before = {number: signal.signal(number, stop) for number in ending_signals()}
     try:
         main(arguments)
         return 0
@@ -1206,6 +1204,15 @@ def run_program(name, main, arguments=None, hint=""):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def ending_signals():
+    """The signals that ask a program to end: Ctrl-C, SIGTERM, and SIGHUP, which Windows does not
+    know and nohup has ignored."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    return numbers
 
 
 def printable(text):

@@ -114,7 +114,7 @@ class Settings:
     max_grad_norm: float = 1.0        # the gradient is scaled down to this norm
     evidence: str = "both"            # what the Reasoner sees: both, annotated, crops or none
     judge: str = "self"               # settles free-form answers in other words: self (the frozen
-                                      # copy), none, or a model, which --eval-data is judged by, too
+                                      # copy), none, or a model, which then judges --eval-data, too
 
     # Limits and memory
     max_pixels: int = 2_097_152       # pixel budget of every image the model sees, crops too
@@ -225,7 +225,7 @@ def perception(players, questions, s, generator):
             rollouts.append(Rollout(example, perceived=completion))
 
     # 2. Boxes are void, earn nothing and need no answer, if two of them overlap by more than half
-    #    or one has no label of its own. (The paper's rule; nothing else about boxes is paid for.)
+    #    or one has no label but the prompt's own example. (The paper's rule; there is no other.)
     for rollout in rollouts:
         rollout.void = violation(rollout.boxes)
 
@@ -238,7 +238,7 @@ def perception(players, questions, s, generator):
             asked.setdefault((id(rollout.example), coordinates), []).append(rollout)
     cases = [(same[0].example, same[0].boxes) for same in asked.values()]
 
-    started = time.perf_counter()  # `reason` works while the loop below asks for its answers
+    started = time.perf_counter()  # `reason` is a generator: the loop below is where it works
     answers = reason(
         players.frozen, players.codec, progress(cases, "frozen Reasoner"), s.evidence,
         greedy=True, max_tokens=s.reason_tokens, rows=s.partner_batch)
@@ -282,7 +282,7 @@ def reasoning(players, questions, s, generator, perceiving=True):
         for completion in group.completions:
             rollouts.append(Rollout(example, perceived=seen, answer=completion))
 
-    # 4. Each answer pays itself. It can learn the <answer> tags, so without them it earns nothing.
+    # 4. Each answer earns its own reward; without <answer> tags nothing, for it can learn them.
     pay(rollouts, players.judge_of_training())
     calls = len(questions) if perceiving else 0
     return Experience(groups, advantages_of(groups, rollouts), rollouts, calls, seconds)
@@ -347,7 +347,8 @@ def advantages_of(groups, rollouts):
 def train(s, run):
     """Run PRA-GRPO with Settings `s`; `run` is the Run that holds its folder. Returns the folder.
 
-    Raises InputError for what the user can mend; a reward is never invented.
+    Raises InputError for what the user can mend. What cannot be scored stops the run, too: a reward
+    is never invented.
     """
     # What a bad flag, row or model folder can break is found here, before anything is trained.
     examples, held_out, policy, codec, judge = prepare(s)
@@ -372,25 +373,26 @@ def train(s, run):
         generator = torch.Generator(policy.device).manual_seed(s.seed * 1_000_003 + step)
         experience = PHASES[phase](players, questions, s, generator)
 
-        # 2. Learn: one GRPO update on what that role sampled.
+        # 2. Learn: one GRPO update on what that role sampled. (Banned ids are never sampled, and
+        #    so not scored.)
         rolled_out = time.perf_counter()
         update = grpo.update_batch(
             policy, players.frozen, optimizer, experience.groups, experience.advantages,
             banned=codec.banned, kl=s.kl, clip=s.clip, max_norm=s.max_grad_norm, updates=s.updates)
 
-        # 3. Record: metrics, now and then a picture.
+        # 3. Record: the step is done, and its metrics say how it went.
         seconds = {"seconds_rollout": rolled_out - started - experience.partner_seconds,
                    "seconds_partner": experience.partner_seconds,
                    "seconds_update": time.perf_counter() - rolled_out}
         update["nonfinite"] = [questions[q].id for q in update["nonfinite"]]
         run.step = step + 1
-        run.log({"step": step + 1, "phase": phase, **metrics_of(experience), **update, **seconds})
-        if s.sample_every and (step == 0 or (step + 1) % s.sample_every == 0):
-            save_sample(run.folder / "samples", step + 1, phase, experience.rollouts[0], codec)
+        run.log({"step": run.step, "phase": phase, **metrics_of(experience), **update, **seconds})
 
-        # 4. Keep: the weights of every finished phase, and a checkpoint to resume from.
-        if (step + 1) % s.steps == 0:
-            run.save_model(f"phases/{(step + 1) // s.steps}-{phase}")
+        # 4. Keep: the weights of every finished phase, now and then a picture, and a checkpoint.
+        if run.step % s.steps == 0:
+            run.save_model(f"phases/{run.step // s.steps}-{phase}")
+        if s.sample_every and (step == 0 or run.step % s.sample_every == 0):
+            save_sample(run.folder / "samples", run.step, phase, experience.rollouts[0], codec)
         run.checkpoint()
 
     if s.measures_at(s.total) and s.total not in run.accuracy:
@@ -404,6 +406,7 @@ def frozen_copy(policy):
 
     What is not trained is shared, not copied: with LoRA the copy is one more adapter.
     """
+    # deepcopy takes over what its memo, {id: object}, knows already.
     shared = {id(p): p for p in policy.parameters() if not p.requires_grad}
     return copy.deepcopy(policy, shared).eval().requires_grad_(False)
 
@@ -448,7 +451,7 @@ def main(arguments=None):
     # Tell what is going to happen; all settings only to whoever touched one.
     phases = " and ".join(dict.fromkeys(SCHEDULES[s.schedule]))
     print(f"{s.total} steps ({phases}), {s.questions} questions x {s.group} samples a step.")
-    print("A frozen copy of the model plays the role that a phase does not train.")
+    print("A frozen copy of the model, made when a phase begins, plays the other role.")
     if s.verbose or given:
         for name, value in dataclasses.asdict(s).items():
             print(f"  {name:16} {value}")
@@ -676,11 +679,6 @@ def save_sample(folder, step, phase, rollout, codec):
     page.save(folder / f"{step:05d}-{phase}.png")
 
 
-SIGNALS = [signal.SIGINT, signal.SIGTERM]
-if hasattr(signal, "SIGHUP"):  # not on Windows
-    SIGNALS.append(signal.SIGHUP)
-
-
 class Run:
     """A run's folder, as a context: `with Run(s, resumed) as run: train(s, run)`.
 
@@ -700,7 +698,7 @@ class Run:
 
     def __init__(self, s, resumed):
         self.s, self.resumed = s, resumed
-        self.folder = Path(s.out or next_free_folder(s.model))
+        self.folder = Path(s.out or next_free_folder(s.model))  # (known to be free in `begin` only)
         self.step, self.accuracy = 0, {}      # steps done; step -> eval.evaluate's dict
         self.interrupt = None                 # number of the signal that asked to stop
         self.players = self.optimizer = None  # what a checkpoint is made of, once the run has begun
@@ -710,6 +708,8 @@ class Run:
 
     def begin(self, players, optimizer):
         """Make the folder, or take players and optimizer back to its newest checkpoint."""
+        if not self.s.out:
+            self.folder = Path(next_free_folder(self.s.model))
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = lock(self.folder / "lock")  # two processes would destroy each other's logs
 
@@ -735,13 +735,13 @@ class Run:
         for row in read_jsonl(self.folder / "accuracy.jsonl"):
             self.accuracy[row["step"]] = row
         write_whole(self.folder / "config.json", json.dumps(dataclasses.asdict(self.s), indent=2))
-        for number in SIGNALS:
+        for number in evaluation.ending_signals():
             self.handlers[number] = signal.signal(number, self.save_on_interrupt)
 
     def save_on_interrupt(self, number, frame):
         """The first signal asks the loop to save after its step; a second one acts at once."""
         self.interrupt = number
-        for other in SIGNALS:
+        for other in self.handlers:
             signal.signal(other, signal.default_int_handler)
         os.write(2, b"\nfinishing this step, then saving; once more stops at once\n")
 
@@ -822,24 +822,28 @@ class Run:
 
     def __exit__(self, kind, error, trace):
         """Say how to go on, whatever ended the run; after a mistake in the data, save first."""
-        # Everything outside the run is as it was before `begin`.
         if not self.lock:
             return
-        self.lock.close()
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
         if self.bar:
             self.bar.close()
 
         # No traceback for what a user can mend, and always the command that goes on.
         again = f"go on with: python p2r_min.py --resume {shlex.quote(str(self.folder))}"
-        if isinstance(error, InputError) and self.players and self.players.frozen:
-            self.save()
-            raise InputError(f"{error}; saved, {again}") from error
-        if isinstance(error, (OSError, SafetensorError)):
-            raise InputError(f"cannot read or write ({error}); mend it, then {again}") from error
-        if isinstance(error, (SystemExit, KeyboardInterrupt)):
-            print(f"stopped after step {self.step}; {again}")
+        try:
+            if isinstance(error, InputError) and self.players and self.players.frozen:
+                self.save()
+                raise InputError(f"{error}; saved, {again}") from error
+            if isinstance(error, (OSError, SafetensorError)):
+                raise InputError(f"cannot read or write: {error}; mend it, then {again}"
+                                 ) from error
+            if isinstance(error, (SystemExit, KeyboardInterrupt)):
+                print(f"stopped after step {self.step}; {again}")
+
+        # Then everything outside the run is as it was before `begin`.
+        finally:
+            self.lock.close()
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
 
 
 def write_model(policy, source, folder):
@@ -883,7 +887,7 @@ def settings_of_run(name, given):
     # A given flag wins. Whether it makes sense in the middle of a run is the user's to know.
     s = Settings(out=str(folder))
     for key in Settings.__dataclass_fields__:
-        if key in given and given[key] != known.get(key):
+        if key in given and given[key] != known.get(key) and key != "out":
             print(f"changed: --{key.replace('_', '-')} from {known.get(key)} to {given[key]}")
         if key != "out":
             setattr(s, key, given.get(key, known.get(key, getattr(s, key))))

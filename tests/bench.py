@@ -129,8 +129,8 @@ def make_prompt(model, P, seed=0):
     while left // height > 0:
         width = min(left, 2048) // height
         grids.append([1, 2 * height, 2 * width])
-        parts.append(torch.full((height * width,), config.image_token_id))
         parts.append(torch.tensor([config.vision_start_token_id]))
+        parts.append(torch.full((height * width,), config.image_token_id))
         left -= height * width + 1
     parts.append(text_ids(P - sum(map(len, parts)), generator))
 

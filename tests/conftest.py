@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import json
 import random
+import signal
 import zlib
 
 import pytest
@@ -20,6 +21,7 @@ from crop import Box, Parsed
 from eval import Score
 from p2r_min import Run, Settings, train
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would stay ignored
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))

@@ -397,7 +397,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(
         return chance(text, example)
 
     scripted(score=filling)
-    with pytest.raises(InputError, match=r"cannot read or write .*--resume \S+"):
+    with pytest.raises(InputError, match=r"cannot read or write: .*--resume \S+"):
         go(s)
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00002"]
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
