@@ -511,6 +511,7 @@ def check_memory(policy, s):
         print(f"memory, computed: {told}")
         return
 
+    # What the card holds decides before a second copy is made of what is 4 GiB already.
     card = torch.cuda.get_device_properties(policy.device).total_memory / 2**30
     if max(peaks.values()) < card:
         print(f"memory, computed: {told}; the GPU has {card:.1f}")
