@@ -478,14 +478,16 @@ def main(arguments=None):
 
 def prepare(s):
     """Load everything -> (training examples, held-out examples, policy, codec, judge)."""
-    # Data first: a bad row should not cost the minutes that a model takes to load.
+    # A mistyped model is told at once. Then the data: a bad row should not cost the minutes that a
+    # model takes to load.
+    source = find(s.model)
     examples = evaluation.load_data(s.data, s.images, s.skip_bad)
     held_out = []
     if s.eval_data:
         held_out = evaluation.load_data(s.eval_data, s.images, s.skip_bad, "--eval-data")
 
     # Whether questions fit into a prompt is known once there is a tokenizer.
-    policy, codec = load(find(s.model), s.max_pixels)
+    policy, codec = load(source, s.max_pixels)
     check_memory(policy, s)
     longest = max(s.perceive_tokens, s.reason_tokens)
     examples = fitting(codec, examples, longest, s.skip_bad)
