@@ -60,9 +60,8 @@ def test_flags_files_and_names_exist(page):
     for span in spans(PAGES[page]):
         for flag in re.findall(r"(?<!\S)--[a-z][\w-]*", span):
             assert flag in everywhere, flag
-        # (The results of the experiment are written by it.)
         path = re.fullmatch(r"(tests|assets)/[\w./-]+", span)
-        assert not path or span == "assets/experiment.json" or (ROOT / span).exists(), span
+        assert not path or (ROOT / span).exists(), span
         name = re.fullmatch(rf"({'|'.join(modules)})\.([A-Za-z_]\w*)(\.\w+)?", span)
         if name and name[2] != "py":
             assert hasattr(importlib.import_module(name[1]), name[2]), span
