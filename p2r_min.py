@@ -151,7 +151,7 @@ class Settings:
             value, flag = getattr(self, name), "--" + name.replace("_", "-")
             if not math.isfinite(value) or value < 0 or (value == 0 and name in positive):
                 least = "more than 0" if name in positive else "0 or more"
-                raise InputError(f"{flag} {value} must be {least}")
+                raise InputError(f"{flag} {value} must be finite, and {least}")
 
         # What no single range tells.
         if self.seed >= 2**32:
@@ -161,7 +161,7 @@ class Settings:
         for name, choices in (("schedule", SCHEDULES), ("evidence", REGIONS)):
             if getattr(self, name) not in choices:
                 raise InputError(f"--{name} {getattr(self, name)} must be {', '.join(choices)}")
-        for name in ("data", "judge"):
+        for name in ("model", "data", "judge"):
             if not getattr(self, name):
                 raise InputError(f"--{name} is empty")
         if self.schedule == "joint" and self.questions < 2:
@@ -706,8 +706,8 @@ class Run:
         self.interrupt = None                 # number of the signal that asked to stop
         self.players = self.optimizer = None  # what a checkpoint is made of, once the run has begun
         self.lock, self.bar, self.handlers = None, None, {}
-        if not resumed and (self.folder / "config.json").exists():
-            raise InputError(f"--out {s.out} holds a run: choose another, or --resume {s.out}")
+        if s.out and not resumed and in_use(self.folder):
+            raise InputError(f"--out {s.out} is not empty: choose another, or --resume {s.out}")
 
     def begin(self, players, optimizer):
         """Make the folder, or take players and optimizer back to its newest checkpoint."""
@@ -722,9 +722,8 @@ class Run:
             try:
                 optimizer.load(newest)
                 players.frozen = frozen_copy(players.policy)
-                frozen = players.frozen.get_parameter
-                own = {name: frozen(name) for name in optimizer.names}
-                grpo.load_into(own, newest / "frozen.safetensors")
+                kept = kept_of(players.frozen, optimizer)
+                grpo.load_into(kept, newest / "frozen.safetensors")
             except (OSError, KeyError, RuntimeError, SafetensorError) as error:
                 raise InputError(f"{newest} cannot be read ({error}): move it away to go on from "
                                  f"the checkpoint before it") from error
@@ -745,7 +744,7 @@ class Run:
         """The first signal asks the loop to save after its step; a second one acts at once."""
         self.interrupt = number
         for other in self.handlers:
-            signal.signal(other, signal.default_int_handler)
+            signal.signal(other, stop_at_once)
         os.write(2, b"\nfinishing this step, then saving; once more stops at once\n")
 
     def log_accuracy(self, step, found):
@@ -789,8 +788,7 @@ class Run:
         """All that the next step depends on. Raises InputError for weights that are not finite."""
         # A policy that is not a number would go on as one for ever.
         tensors = self.optimizer.state()
-        frozen = self.players.frozen.get_parameter
-        tensors["frozen"] = {name: frozen(name) for name in self.optimizer.names}
+        tensors["frozen"] = kept_of(self.players.frozen, self.optimizer)
         for name, master in tensors["masters"].items():
             if not master.isfinite().all():
                 raise InputError(f"{name} is not finite after step {self.step}: not saved; resume "
@@ -817,7 +815,7 @@ class Run:
         budgets = {setting: getattr(self.s, setting) for setting in shared}
         (self.folder / "phases").mkdir(exist_ok=True)
         with written(self.folder / name) as new:
-            write_model(self.players.policy, find(self.s.model), new)
+            write_model(self.players.policy, new)
             (new / "p2r.json").write_text(json.dumps(budgets))
 
     def __enter__(self):
@@ -849,11 +847,23 @@ class Run:
                 signal.signal(number, handler)
 
 
-def write_model(policy, source, folder):
-    """An ordinary model folder: bf16 weights, and every other file of the folder `source`."""
+def stop_at_once(number, frame):
+    raise KeyboardInterrupt(number)
+
+
+def kept_of(frozen, optimizer):
+    """{name: tensor} of the frozen copy that a checkpoint keeps: of what is trained, and so may
+    differ from the model that the run began with."""
+    return {name: frozen.get_parameter(name) for name in optimizer.names}
+
+
+def write_model(policy, folder):
+    """An ordinary model folder: bf16 weights, and every other file of the folder that the policy
+    was loaded from."""
     # Tokenizer, image processor and configuration come along; weights of any format do not.
     others = (".*", "*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5")
-    shutil.copytree(source, folder, ignore=shutil.ignore_patterns(*others))
+    ignore = shutil.ignore_patterns(*others)
+    shutil.copytree(policy.name_or_path, folder, ignore=ignore)
     save_file(weights_of(policy), folder / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -871,8 +881,18 @@ def next_free_folder(model):
     return f"runs/{Path(model).name}-{number}"
 
 
+def in_use(folder):
+    """Does the folder hold more than what a run leaves that was killed before it began?"""
+    left = list(folder.iterdir()) if folder.is_dir() else []
+    return any(path.name != "lock" and path.suffix != ".new" for path in left)
+
+
 def settings_of_run(name, given):
     """The Settings of the run folder `name`, changed by the flags `given` with --resume."""
+    if not name or not Path(name).is_dir():
+        raise InputError(f"--resume {name or 'is empty'}: there is no such folder; name a run's, "
+                         f"which holds its config.json")
+
     # RUN/final, RUN/phases/... and RUN/checkpoints/... mean RUN.
     folder = Path(name)
     if folder.parent.name in ("checkpoints", "phases"):

@@ -173,11 +173,12 @@ def test_a_checkpoint_that_cannot_be_read_is_refused_and_nothing_is_lost(
 
 def test_what_lies_beside_the_checkpoints_is_left_alone(folder, data, tmp_path, scripted):
     run = tmp_path / "run"
-    for name in ("step-00002-mine", "step-best", "notes"):
-        (run / "checkpoints" / name).mkdir(parents=True)
     go(settings(folder, data, run, eval_data="", save_every=1))
+    for name in ("step-00002-mine", "step-best", "notes"):
+        (run / "checkpoints" / name).mkdir()
+    go(settings(folder, data, run, eval_data="", save_every=1, iterations=2), resumed=True)
     left = {path.name for path in (run / "checkpoints").iterdir()}
-    assert left == {"step-00002-mine", "step-best", "notes", "step-00005", "step-00006"}
+    assert left == {"step-00002-mine", "step-best", "notes", "step-00011", "step-00012"}
 
 
 def test_what_a_checkpoint_holds(folder, data, tmp_path, scripted):
@@ -272,6 +273,19 @@ def test_a_second_ctrl_c_stops_at_once(folder, data, tmp_path, scripted):
             go(settings(folder, data, tmp_path / "run", eval_data=""))
     finally:
         signal.signal(signal.SIGINT, started)
+
+
+def test_a_second_sigterm_is_told_as_one(folder, data, tmp_path, scripted):
+    def impatient(text, example, whole_text=False):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+        raise AssertionError("went on")
+
+    scripted(score=impatient)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        go(settings(folder, data, tmp_path / "run", eval_data=""))
+    assert stopped.value.args == (signal.SIGTERM,)
 
 
 # --- no invented rewards

@@ -316,12 +316,17 @@ def program(arguments):
     (["--seed", "99999999999"], "--seed 99999999999"),
     (["--schedule", "both"], "--schedule both"),
     (["--evidence", "all"], "--evidence all"),
-    (["--resume", ""], "--resume"),
+    (["--model", ""], "--model is empty"),
+    (["--out", "FULL"], "is not empty"),
+    (["--resume", ""], "--resume is empty"),
+    (["--resume", "RUN/checkpoints/step-00003"], "there is no such folder"),
     (["--resume", "nowhere"], "config.json"),
+    (["--lr", "inf"], "--lr inf must be finite"),
 ])
 def test_bad_input_is_one_sentence_and_exit_code_2(folder, data, tmp_path, capsys, flags, needle):
     (tmp_path / "empty.jsonl").touch()
-    flags = [str(tmp_path / "empty.jsonl") if flag == "EMPTY" else flag for flag in flags]
+    named = {"EMPTY": str(tmp_path / "empty.jsonl"), "FULL": str(tmp_path)}
+    flags = [named.get(flag, flag) for flag in flags]
     usual = ["--model", folder, "--data", data, "--max-pixels", 4096, "--out", tmp_path / "run"]
     if flags[0] == "--resume":
         usual = []
