@@ -878,15 +878,18 @@ def to_example(row, number, used):
         id=as_text(fields.get("id", number), "id"), boxes=tuple(boxes))
 
 
+# Half a surrogate pair (JSON can hold one) stops the tokenizer, NUL the file system.
+NO_TEXT = re.compile("[\0\ud800-\udfff]")
+
+
 def as_text(value, field):
     """A text or number as text. Raises InputError for all else, and for what no tokenizer takes."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     need(isinstance(value, str) or number and field != "question",
          f"the field {field!r} must be text, not {str(value)[:80]!r}")
 
-    # Half a surrogate pair (JSON can hold one) stops the tokenizer, NUL the file system.
     text = str(value)
-    need(not re.search("[\0\ud800-\udfff]", text),
+    need(not NO_TEXT.search(text),
          f"the field {field!r} holds characters that are no text: {text[:80]!r}")
     return text
 
@@ -1249,6 +1252,8 @@ class Task:
         need(bool(self.image) == bool(self.question), "give --image and --question together")
         need(not self.image or Path(self.image).is_file(),
              f"--image {self.image}: there is no such file")
+        need(not self.image or not self.data, "give either --data, or --image and --question")
+        need(not NO_TEXT.search(self.question), "--question holds characters that are no text")
         need(self.model or not self.image,
              "--image needs --model, such as --model Qwen/Qwen3-VL-2B-Instruct: the embedded toy "
              "knows nothing but the striped signs of its own small world")
@@ -1305,7 +1310,7 @@ def run_data(task, protocol):
         records = records[:len(records) // size * size]
 
     # A model and a judge that cannot be loaded must not leave anything in the way.
-    model, codec = load(find(task.model), protocol.max_pixels)
+    model, codec = load_for(task, protocol)
     judge = None
     if task.judge == "self":
         judge = Judge(model, codec.tokenizer)
@@ -1340,7 +1345,7 @@ def run_picture(task, protocol):
     problem = image_problem(path, fully=True)
     need(not problem, f"--image names {path}, {problem}")
     example = Example(path, task.question, "", task.answer_form, id=path.name)
-    model, codec = load(find(task.model), protocol.max_pixels)
+    model, codec = load_for(task, protocol)
     record = next(ask(model, codec, [example], protocol))
 
     # Boxes in pixels of the picture, each with the colour in which it is drawn.
@@ -1359,6 +1364,16 @@ def run_picture(task, protocol):
     file = out / f"{path.stem}-{number}.png"
     draw(record, example, codec).save(file)
     print(f"picture  {file}")
+
+
+def load_for(task, protocol):
+    """The task's model and its Codec. Raises InputError if it cannot write as much as is asked."""
+    model, codec = load(find(task.model), protocol.max_pixels)
+    for name in ("perceive_tokens", "reason_tokens"):
+        limit = getattr(protocol, name)
+        need(limit < codec.max_positions, f"--{name.replace('_', '-')} {limit} is more than the "
+                                          f"{codec.max_positions} positions of this model")
+    return model, codec
 
 
 def fitting_protocol(task):
@@ -1397,6 +1412,8 @@ def main(arguments=None):
     # A given flag wins over the model's own values, and those over the authors' protocol.
     task = Task(**{name: flags.pop(name) for name in list(flags) if hasattr(Task, name)})
     task.check()
+    need(not task.image or flags.get("mode") != "oracle",
+         "--mode oracle needs --data with true boxes, not --image")
     protocol = Protocol(**(fitting_protocol(task) | flags))
     protocol.check()
     if task.image:

@@ -102,8 +102,9 @@ def main():
     parser.add_argument("run", type=Path, help="a run folder of p2r_min.py")
     parser.add_argument("--out", type=Path, help="the picture; default: RUN/curves.png")
     args = parser.parse_args()
-    if not (args.run / "metrics.jsonl").exists():
-        parser.error(f"{args.run} is no run folder: it has no metrics.jsonl")
+    for name in ("config.json", "metrics.jsonl"):
+        if not (args.run / name).exists() or not (args.run / name).stat().st_size:
+            parser.error(f"{args.run} is no run that has begun: {name} is missing or empty")
     out = args.out or args.run / "curves.png"
     draw(args.run).savefig(out, dpi=130)
     print(out)

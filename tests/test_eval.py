@@ -343,6 +343,10 @@ def test_a_trained_model_brings_its_budgets(folder, data, tmp_path, capsys):
 @pytest.mark.parametrize("more, message", [
     (["--model", "m", "--image", "none.png", "--question", "What?"], "--image none.png: there is no such file"),
     (["--model", "m", "--image", "a.png"], "--question"),
+    (["--model", "m", "--image", "a.png", "--question", "Q\udcff?"], "--question holds"),
+    (["--model", "m", "--image", "a.png", "--question", "What?", "--data", "d.jsonl"], "either"),
+    (["--model", "toy", "--image", "a.png", "--question", "What?", "--mode", "oracle"], "oracle"),
+    (["--reason-tokens", "99999999999"], "positions of this model"),
     (["--question", "What?"], "--image"),
     (["--model", "none"], "--data"),
     (["--model", "none", "--image", "a.png", "--question", "What?"], "--model none"),
@@ -354,11 +358,11 @@ def test_a_trained_model_brings_its_budgets(folder, data, tmp_path, capsys):
     (["--answer-form", "essay"], "--answer-form essay"),
     (["--out", "a.png", "--limit", "1"], "a.png"),
 ])
-def test_bad_input_is_one_sentence(more, message, capsys, tmp_path, monkeypatch):
+def test_bad_input_is_one_sentence(folder, more, message, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     noise(20, 20).save(tmp_path / "a.png")
     (tmp_path / "world.jsonl").write_text(json.dumps({"image": "a.png", "question": "What?", "answer": "red"}) + "\n")
-    toys = {"model": "toy", "eval_data": str(tmp_path / "world.jsonl"), "max_pixels": 4096, "perceive_tokens": 4, "reason_tokens": 4}
+    toys = {"model": str(folder), "eval_data": str(tmp_path / "world.jsonl"), "max_pixels": 4096, "perceive_tokens": 4, "reason_tokens": 4}
     monkeypatch.setattr(toy, "defaults", lambda *a: toys)
     monkeypatch.chdir(tmp_path)
     assert main(more) == 2
