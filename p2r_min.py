@@ -62,8 +62,8 @@ import grpo
 import toy
 from crop import MAX_CROPS, WHOLE, gather, picture, violation
 from eval import mean
-from rollout import (PREFILL, REGIONS, STRIDE, TEXT_TOKENS, Completion, InputError, find, fitting,
-                     load, perceive, progress, reason)
+from rollout import (PREFILL, REGIONS, STRIDE, TEXT_TOKENS, Completion, InputError, NotANumber,
+                     find, fitting, load, perceive, progress, reason)
 
 # ---------------------------------------------------------------------------------------------
 # Settings
@@ -831,6 +831,8 @@ class Run:
         # No traceback for what a user can mend, and always the command that goes on.
         again = f"go on with: python p2r_min.py --resume {shlex.quote(str(self.folder))}"
         try:
+            if isinstance(error, NotANumber):
+                raise InputError(f"{error}; not saved. With a lower --lr, {again}") from error
             if isinstance(error, InputError) and self.players and self.players.frozen:
                 self.save()
                 raise InputError(f"{error}; saved, {again}") from error

@@ -349,7 +349,7 @@ def sample(model, codec, prompts, *, group=1, greedy=False, max_tokens, rows, ge
 
             # 2. Every response draws a token, but not from what is no distribution.
             if logits.isnan().any():
-                raise InputError("the model's output is not a number for one of these prompts: its "
+                raise NotANumber("the model's output is not a number for one of these prompts: its "
                                  "weights are damaged, or an image overflows its number format")
             logits = penalised(logits, active, penalty, codec)
             ids, logps = draw(logits, banned, greedy, generator)                # (n, G) each
@@ -472,6 +472,10 @@ def direct(model, codec, examples, **how):
 
 class InputError(ValueError):
     """Something a user can mend. The message is one sentence; the programs print it and exit 2."""
+
+
+class NotANumber(InputError):
+    """The model's output is not a number. Its weights, finite or not, are not worth saving."""
 
 
 @contextlib.contextmanager

@@ -390,6 +390,16 @@ def test_weights_that_are_not_finite_are_not_saved(folder, data, tmp_path, monke
     assert not list((tmp_path / "run" / "checkpoints").glob("step-?????"))
 
 
+def test_a_policy_that_no_longer_computes_is_not_saved(folder, data, tmp_path, scripted):
+    """At this rate the weights stay finite, and what they compute does not."""
+    s = settings(folder, data, tmp_path / "run", eval_data="", lr=1e30, sample_every=0)
+    with pytest.raises(InputError, match="not a number.*not saved. With a lower --lr, go on with"):
+        go(s)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    main(["--resume", str(tmp_path / "run"), "--lr", "1e-6"])
+    assert len(metrics(tmp_path / "run")) == 6
+
+
 # --- disks and folders
 
 
