@@ -54,7 +54,7 @@ class Parsed(NamedTuple):
     dropped: int           # how many objects began like a box but hold no usable one
 
 
-# -------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Text -> boxes
 
 # Where a JSON object begins: a brace, then its first key. A brace inside a label is no beginning.
@@ -129,27 +129,7 @@ def _read_box(piece):
     return Box(x1, y1, x2, y2, "" if label is None else str(label).strip())
 
 
-def _read_object(piece):
-    """The JSON object at the beginning of a text, as a dict; None where there is none."""
-    try:
-        value, _ = DECODER.raw_decode(piece)
-    except (ValueError, RecursionError):
-        return None
-    return value
-
-
-def _read_number(value):
-    """A JSON number or a numeric string -> a finite float, else None. A boolean is no number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
-
-
-# -------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # The rule that voids a perception rollout
 
 
@@ -181,7 +161,7 @@ def iou(a, b):
     return shared / (area_a + area_b - shared)
 
 
-# -------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Boxes -> evidence
 
 
@@ -208,12 +188,6 @@ def gather(image, boxes):
     return annotated, crops
 
 
-def colour_of(number):
-    """The colour of the box with this number, counted from 0."""
-    colours = list(COLOURS.values())
-    return colours[number % len(colours)]
-
-
 def to_rect(box, size):
     """A Box -> a rect of an image of size (width, height): inside it, at least 1 x 1.
 
@@ -227,6 +201,14 @@ def to_rect(box, size):
     right = min(max(math.ceil(box.x2 / 1000 * width), left + 1), width)
     bottom = min(max(math.ceil(box.y2 / 1000 * height), top + 1), height)
     return left, top, right, bottom
+
+
+def to_box(rect, size, label=""):
+    """A rect of an image of size (width, height) -> its Box, rounded to whole numbers."""
+    width, height = size
+    left, top, right, bottom = rect
+    return Box(round(1000 * left / width), round(1000 * top / height),
+               round(1000 * right / width), round(1000 * bottom / height), label)
 
 
 def padded(rect, size):
@@ -244,8 +226,34 @@ def padded(rect, size):
             min(right + pad_x, width), min(bottom + pad_y, height))
 
 
-# -------------------------------------------------------------------------------------------------
-# Skip on a first reading: any image as RGB, and the picture for people
+# =============================================================================================
+# Skip on a first reading: single values, any image as RGB, and the picture for people
+
+
+def _read_object(piece):
+    """The JSON object at the beginning of a text, as a dict; None where there is none."""
+    try:
+        value, _ = DECODER.raw_decode(piece)
+    except (ValueError, RecursionError):
+        return None
+    return value
+
+
+def _read_number(value):
+    """A JSON number or a numeric string -> a finite float, else None. A boolean is no number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def colour_of(number):
+    """The colour of the box with this number, counted from 0."""
+    colours = list(COLOURS.values())
+    return colours[number % len(colours)]
 
 
 def to_rgb(image):

@@ -5,22 +5,7 @@
 
 The reward of training *is* the check of evaluation: both call `grade`, and both read it here first.
 How data files are loaded, the papers' tables and the command line follow after the line that says
-"skip on a first reading".
-
-Protocol. As the authors evaluate (greedy, at most 4,194,304 pixels an image and at least what the
-checkpoint's own image processor says, repetition penalty 1.05, 256 tokens for the Perceiver and
-1024 for the Reasoner, an answer without <answer> is wrong), but for this:
-
- 1. The prompts are worded by us, so a published checkpoint meets words it was not trained on.
- 2. A data set's question loses its sentences on how to answer, which would contradict our prompt,
-    and its options are lettered anew, one a line (`clean_question`, `split_options`).
- 3. The answer form of a row that does not say is guessed: options make it a choice, else it is
-    free-form. (The authors' loaders know each data set.)
- 4. Option letters and numbers are read by the rules below, boxes by crop.parse_boxes. Of several
-    <answer> the last counts; the authors take the first.
- 5. Images are turned upright (EXIF), and what is transparent is white. Crops are rounded outwards.
- 6. `think` and `direct` run under the same budgets and penalty, `direct` with the Reasoner's limit,
-    which is longer than a plain answer needs; the papers' baselines may not have.
+"skip on a first reading". The protocol, and where it differs from the authors', stands there, too.
 """
 
 # Ctrl-C while torch is imported would print a traceback. The program's own handlers come later.
@@ -51,6 +36,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 import torch
 import transformers
@@ -303,35 +293,13 @@ def evaluate(model, codec, examples, protocol, judge=None):
     }
 
 
-def print_accuracy(columns):
-    """Print (title, result of `evaluate`) pairs as a small table, one column each."""
-    last = columns[-1][1]
-    heads = "".join(f"{title:>10}" for title, _ in columns)
-    print(f"\n{'held-out, n = ' + str(last['n']):52}{heads}")
-    for name, text in (("p2r", "perceive, then reason"),
-                       ("hit", "the boxes hold all that was asked about"),
-                       ("plain", "reason on the plain image"),
-                       ("oracle", "reason with the true boxes")):
-        values = [result[name] for _, result in columns]
-        cells = ["-" if value is None else f"{value:.3f}" for value in values]
-        print(f"{name:7}{text:45}" + "".join(f"{cell:>10}" for cell in cells))
-
-    # Kinds of questions, where there is more than one.
-    if len(last["categories"]) > 1:
-        for kind in last["categories"]:
-            # (None: a run that goes on with other held-out questions has other kinds at first.)
-            shares = [result["categories"].get(kind, [None])[0] for _, result in columns]
-            cells = ["-" if share is None else f"{share:.3f}" for share in shares]
-            print(f"{'':7}{'p2r, ' + kind:45}" + "".join(f"{cell:>10}" for cell in cells))
-
-
 def mean(values):
     """The mean of some numbers as a float, or None of none at all."""
     values = [float(value) for value in values]
     return sum(values) / len(values) if values else None
 
 
-# ---------------------------------------------------------------------------------------------
+# =============================================================================================
 # Skip on a first reading: how a letter, a number and words are read
 
 # In characters. A longer text is an essay, which is not read for a letter or a number. It also
@@ -1039,6 +1007,22 @@ def split_options(question):
 
 # ---------------------------------------------------------------------------------------------
 # Benchmarks: the tables that papers print
+#
+# Protocol. As the authors evaluate (greedy, at most 4,194,304 pixels an image and at least what the
+# checkpoint's own image processor says, repetition penalty 1.05, 256 tokens for the Perceiver and
+# 1024 for the Reasoner, an answer without <answer> is wrong), but for this:
+#
+#  1. The prompts are worded by us, so a published checkpoint meets words it was not trained on.
+#  2. A data set's question loses its sentences on how to answer, which would contradict our prompt,
+#     and its options are lettered anew, one a line (`clean_question`, `split_options`).
+#  3. The answer form of a row that does not say is guessed: options make it a choice, else it is
+#     free-form. (The authors' loaders know each data set.)
+#  4. Option letters and numbers are read by the rules below, boxes by crop.parse_boxes. Of several
+#     <answer> the last counts; the authors take the first.
+#  5. Images are turned upright (EXIF), and what is transparent is white. Crops are rounded
+#     outwards.
+#  6. `think` and `direct` run under the same budgets and penalty, `direct` with the Reasoner's
+#     limit, which is longer than a plain answer needs; the papers' baselines may not have.
 
 
 def accuracy(records):
@@ -1062,6 +1046,28 @@ def wilson(share, n, z=1.96):
     spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     low, high = (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
     return max(low, 0.0), min(high, 1.0)
+
+
+def print_accuracy(columns):
+    """Print (title, result of `evaluate`) pairs as a small table, one column each."""
+    last = columns[-1][1]
+    heads = "".join(f"{title:>10}" for title, _ in columns)
+    print(f"\n{'held-out, n = ' + str(last['n']):52}{heads}")
+    for name, text in (("p2r", "perceive, then reason"),
+                       ("hit", "the boxes hold all that was asked about"),
+                       ("plain", "reason on the plain image"),
+                       ("oracle", "reason with the true boxes")):
+        values = [result[name] for _, result in columns]
+        cells = ["-" if value is None else f"{value:.3f}" for value in values]
+        print(f"{name:7}{text:45}" + "".join(f"{cell:>10}" for cell in cells))
+
+    # Kinds of questions, where there is more than one.
+    if len(last["categories"]) > 1:
+        for kind in last["categories"]:
+            # (None: a run that goes on with other held-out questions has other kinds at first.)
+            shares = [result["categories"].get(kind, [None])[0] for _, result in columns]
+            cells = ["-" if share is None else f"{share:.3f}" for share in shares]
+            print(f"{'':7}{'p2r, ' + kind:45}" + "".join(f"{cell:>10}" for cell in cells))
 
 
 def published_table(categories, spec):
@@ -1218,6 +1224,20 @@ def ending_signals():
     return numbers
 
 
+def lock(path):
+    """An open file that no other process can lock as long as this one lives.
+
+    Raises InputError where one has it. (Windows has no such locks: there nobody is warned.)
+    """
+    file = path.open("w")
+    if fcntl:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise InputError(f"{path.parent} is being used by another process") from error
+    return file
+
+
 def printable(text):
     """A model's text for a terminal: control characters, which could steer it, are escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
@@ -1300,6 +1320,7 @@ def run_data(task, protocol):
     default = f"runs/eval-{Path(task.model).name}-{Path(task.data).stem}-{protocol.mode}"
     out = Path(task.out or default)
     out.mkdir(parents=True, exist_ok=True)
+    held = lock(out / "lock")  # two processes would write every record twice
     config = {"model": task.model, "data": task.data, "judge": task.judge}
     config = config | dataclasses.asdict(protocol)
     records = earlier_records(out, config, examples)
@@ -1336,6 +1357,7 @@ def run_data(task, protocol):
         draw(record, example, codec).save(out / f"{number:05d}.png")
     print_benchmark(records, f"{Path(task.model).name} in mode {protocol.mode}", task.data, speed)
     print(f"results and pictures: {out}")
+    held.close()
 
 
 def run_picture(task, protocol):

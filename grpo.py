@@ -172,11 +172,10 @@ def response_logprobs(model, row, banned, chunk=512):
 
 @out_of_memory("updating", "halve --max-pixels in a new run (then --reason-tokens or --group), "
                            "or add --offload")
-def update_batch(policy, reference, optimizer, groups, advantages, *, banned, kl, clip, max_norm,
-                 updates=1):
+def update_batch(policy, reference, optimizer, groups, *, banned, kl, clip, max_norm, updates=1):
     """The GRPO update on one batch: every group forward and backward, then one optimizer step.
 
-    groups: list of rollout.Group. advantages: a (G,) tensor for each, G as long as the group is.
+    groups: list of rollout.Group, with their .advantages; groups may differ in size.
     updates: optimizer steps on this batch; 1 in the paper, so that the ratio is always 1.
     Returns a dict. Averages over the response tokens, of the last pass:
         loss           at ratio 1 the advantages of a group nearly cancel: no measure of progress
@@ -185,8 +184,8 @@ def update_batch(policy, reference, optimizer, groups, advantages, *, banned, kl
         grad_norm      before it is scaled down
     and of the first pass:
         sampler_gap    mean |log-prob when sampled - log-prob now|: rounding, unless there is a bug
-    and nonfinite: places of the groups whose loss was not finite (of all if only the gradient's
-    norm was not). If there is any, this pass updated nothing, and no other follows.
+    and nonfinite: the groups whose loss was not finite (all if only the gradient's norm was not).
+    If there is any, this pass updated nothing, and no other follows.
     """
     # Fixed before the loop: see grpo_loss.
     tokens = sum(len(c.ids) for group in groups for c in group.completions)
@@ -201,7 +200,8 @@ def update_batch(policy, reference, optimizer, groups, advantages, *, banned, kl
         # Memory is that of one group: its gradient is added up and its graph freed before the next.
         for q, group in enumerate(groups):
             row = pack(group.prompt, [c.ids for c in group.completions], policy.device)
-            advantage = advantages[q].repeat_interleave(row.lengths).to(policy.device)  # (T,)
+            advantage = group.advantages.repeat_interleave(row.lengths)          # (T,)
+            advantage = advantage.to(policy.device)
 
             # The reference does not change within a phase: once for each group and batch.
             if q not in ref_logps:
@@ -219,7 +219,7 @@ def update_batch(policy, reference, optimizer, groups, advantages, *, banned, kl
             loss, clipped = grpo_loss(
                 logp, old_logps[q], ref_logps[q], advantage, kl=kl, clip=clip, tokens=tokens)
             if not loss.isfinite():
-                nonfinite.append(q)
+                nonfinite.append(group)
                 continue
             loss.backward()
 
@@ -235,7 +235,7 @@ def update_batch(policy, reference, optimizer, groups, advantages, *, banned, kl
             break
         metrics["grad_norm"] = optimizer.step(max_norm)
         if not math.isfinite(metrics["grad_norm"]):
-            nonfinite = list(range(len(groups)))
+            nonfinite = groups
             break
 
     return metrics | {"sampler_gap": gap / tokens, "nonfinite": nonfinite}

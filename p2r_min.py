@@ -15,7 +15,8 @@ the other role:
             perception: policy writes G box lists; frozen Reasoner answers from each
             reasoning:  frozen Perceiver writes one box list; policy writes G answers
             reward = is the final answer right? advantage = (reward - mean) / std of its group
-            one GRPO update of the policy, on the tokens it sampled
+            one GRPO update of the policy, on the tokens it sampled:
+            the loss is - clipped ratio x advantage + 0.01 KL(policy | frozen)
 
 Read in this order: p2r_min.py, rollout.py, crop.py, grpo.py, eval.py, toy.py. In every file the
 method comes first; what follows a line "skip on a first reading" can wait.
@@ -32,7 +33,6 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -44,12 +44,6 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-
-try:
-    import fcntl
-    import resource
-except ImportError:  # Windows: no lock on the run folder, no peak memory of the process
-    fcntl = resource = None
 
 import torch
 import transformers
@@ -76,7 +70,7 @@ SCHEDULES = {
     "joint": ("joint", "joint"),                # every update trains both roles
     "perceiver": ("perception", "perception"),  # only this role is ever trained
     "reasoner": ("reasoning", "reasoning"),
-    "think": ("thinking",),                     # the authors' baseline: one launch without roles
+    "think": ("thinking",),                     # the authors' baseline: no roles, the plain image
 }
 
 
@@ -113,8 +107,9 @@ class Settings:
     weight_decay: float = 0.01        # of AdamW; its betas are 0.9 and 0.999
     max_grad_norm: float = 1.0        # the gradient is scaled down to this norm
     evidence: str = "both"            # what the Reasoner sees: both, annotated, crops or none
-    judge: str = "self"               # settles free-form answers in other words: self (the frozen
-                                      # copy), none, or a model, which then judges --eval-data, too
+    judge: str = "self"               # decides whether a free-form answer that is worded otherwise
+                                      # than the truth means the same: self (the frozen copy), none,
+                                      # or a model, which then judges --eval-data, too
 
     # Limits and memory
     max_pixels: int = 2_097_152       # pixel budget of every image the model sees, crops too
@@ -140,33 +135,6 @@ class Settings:
         due = self.eval_every and step % self.eval_every == 0
         return bool(self.eval_data and (due or step in (0, self.total)))
 
-    def check(self):
-        """Raises InputError for the first setting that cannot work."""
-        # (isfinite refuses NaN, which would pass every comparison.)
-        positive = ("iterations", "steps", "questions", "updates", "lr", "clip", "max_grad_norm",
-                    "max_pixels", "perceive_tokens", "reason_tokens", "rollout_batch",
-                    "partner_batch")
-        not_negative = ("eval_every", "save_every", "sample_every", "seed", "kl", "weight_decay")
-        for name in positive + not_negative:
-            value, flag = getattr(self, name), "--" + name.replace("_", "-")
-            if not math.isfinite(value) or value < 0 or (value == 0 and name in positive):
-                least = "more than 0" if name in positive else "0 or more"
-                raise InputError(f"{flag} {value} must be finite, and {least}")
-
-        # What no single range tells.
-        if self.seed >= 2**32:
-            raise InputError(f"--seed {self.seed} must be less than {2**32}")
-        if self.group < 2:
-            raise InputError(f"--group {self.group}: GRPO compares samples, so it needs at least 2")
-        for name, choices in (("schedule", SCHEDULES), ("evidence", REGIONS)):
-            if getattr(self, name) not in choices:
-                raise InputError(f"--{name} {getattr(self, name)} must be {', '.join(choices)}")
-        for name in ("model", "data", "judge"):
-            if not getattr(self, name):
-                raise InputError(f"--{name} is empty")
-        if self.schedule == "joint" and self.questions < 2:
-            raise InputError("--schedule joint needs --questions 2 or more: each role gets half")
-
 
 # ---------------------------------------------------------------------------------------------
 # The phases: from a step's questions to groups and advantages
@@ -174,15 +142,15 @@ class Settings:
 
 @dataclass
 class Players:
-    """Who plays. `frozen` is the policy as it was when the phase began: it plays the other role
-    (elsewhere called the partner), and is the reference of the KL."""
+    """Who plays. `frozen` is the policy as it was when the phase began: it plays the other role, as
+    the *partner* of the policy, and is the reference of the KL."""
     policy: torch.nn.Module
     frozen: torch.nn.Module
     codec: object                     # rollout.Codec: text and images <-> tensors, for both
     judge: object                     # "self", None or an eval.Judge
 
     def judge_of_training(self):
-        """Who settles free-form answers in other words: never the policy itself."""
+        """Who decides whether other words mean the same: never the policy itself."""
         if self.judge == "self":
             return evaluation.Judge(self.frozen, self.codec.tokenizer)
         return self.judge
@@ -192,6 +160,8 @@ class Players:
 class Rollout:
     """One sample on its way from the question to the reward."""
     example: object                   # eval.Example: the question, its image and its answer
+    sampled: Completion               # what the policy wrote, and learns from: it is `perceived` in
+                                      # the perception phase, `answer` in the reasoning phase
     perceived: Completion = None      # what the Perceiver wrote; None: nobody perceived
     void: str = None                  # "label" or "overlap": the rule that its boxes break, if any
     answer: Completion = None         # what the Reasoner wrote; None: it was not asked
@@ -205,27 +175,35 @@ class Rollout:
 
 @dataclass
 class Experience:
-    """What a phase hands to the update, and the records behind it for those who look on."""
-    groups: list                      # of rollout.Group: a prompt and its completions
-    advantages: list                  # for each group a tensor, as long as the group
-    rollouts: list                    # of Rollout, one for each completion, group after group
+    """What a phase hands to the update, and to those who look on."""
+    groups: list                      # of rollout.Group, each with its rollouts and advantages
     partner_calls: int = 0            # prompts that the partner answered (a judge's not counted)
     partner_seconds: float = 0.0
+
+    @property
+    def rollouts(self):
+        return [rollout for group in self.groups for rollout in group.rollouts]
+
+    def __add__(self, other):
+        calls = self.partner_calls + other.partner_calls
+        seconds = self.partner_seconds + other.partner_seconds
+        return Experience(self.groups + other.groups, calls, seconds)
 
 
 def perception(players, questions, s, generator):
     """Train the Perceiver: the policy writes box lists, the frozen copy answers from each."""
-    # 1. The policy perceives, G times for each question.
+    # 1. The policy perceives, G times for each question. Every sample is one rollout.
     groups = list(perceive(
         players.policy, players.codec, progress(questions, "sampling boxes"), group=s.group,
         max_tokens=s.perceive_tokens, rows=s.rollout_batch, generator=generator))
     rollouts = []
     for example, group in zip(questions, groups):
-        for completion in group.completions:
-            rollouts.append(Rollout(example, perceived=completion))
+        group.rollouts = [Rollout(example, sampled=c, perceived=c) for c in group.completions]
+        rollouts += group.rollouts
 
-    # 2. Boxes are void, earn nothing and need no answer, if two of them overlap by more than half
-    #    or one has no label but the prompt's own example. (The paper's rule; there is no other.)
+    # 2. A list of boxes is void if two of them overlap (IoU > 0.5), or if a label is missing or
+    #    copied from the prompt's example: it earns 0, unanswered. This is the paper's only rule on
+    #    boxes. Text that cannot be parsed is not void; it earns what "no boxes" earns.
     for rollout in rollouts:
         rollout.void = violation(rollout.boxes)
 
@@ -236,78 +214,56 @@ def perception(players, questions, s, generator):
         if not rollout.void:
             coordinates = tuple(box[:4] for box in rollout.boxes)
             asked.setdefault((id(rollout.example), coordinates), []).append(rollout)
-    cases = [(same[0].example, same[0].boxes) for same in asked.values()]
+    cases = [(alike[0].example, alike[0].boxes) for alike in asked.values()]
 
-    started = time.perf_counter()  # `reason` is a generator: the loop below is where it works
-    answers = reason(
+    started = time.perf_counter()
+    answers = [group.completions[0] for group in reason(
         players.frozen, players.codec, progress(cases, "frozen Reasoner"), s.evidence,
-        greedy=True, max_tokens=s.reason_tokens, rows=s.partner_batch)
-    for same, group in zip(asked.values(), answers):
-        for rollout in same:
-            rollout.answer = group.completions[0]
+        greedy=True, max_tokens=s.reason_tokens, rows=s.partner_batch)]
     seconds = time.perf_counter() - started
+    for alike, answer in zip(asked.values(), answers):
+        for rollout in alike:
+            rollout.answer = answer
 
     # 4. The answer pays the boxes. A missing <answer> tag is the frozen Reasoner's fault: its whole
     #    text is read then, so that the tag costs the Perceiver nothing.
     pay(rollouts, players.judge_of_training(), whole_text=True)
-    return Experience(groups, advantages_of(groups, rollouts), rollouts, len(cases), seconds)
+    set_advantages(groups)
+    return Experience(groups, len(cases), seconds)
 
 
-def reasoning(players, questions, s, generator, perceiving=True):
+def reasoning(players, questions, s, generator):
     """Train the Reasoner: the frozen copy writes one box list, the policy answers G times from it.
-
-    With perceiving=False there are no roles: the policy thinks and answers on the plain image.
     """
     # 1. The frozen copy perceives, greedily: one box list for each question.
     started = time.perf_counter()
-    perceived = [None] * len(questions)
-    if perceiving:
-        groups = perceive(
-            players.frozen, players.codec, progress(questions, "frozen Perceiver"),
-            greedy=True, max_tokens=s.perceive_tokens, rows=s.partner_batch)
-        perceived = [group.completions[0] for group in groups]
+    perceived = [group.completions[0] for group in perceive(
+        players.frozen, players.codec, progress(questions, "frozen Perceiver"),
+        greedy=True, max_tokens=s.perceive_tokens, rows=s.partner_batch)]
     seconds = time.perf_counter() - started
 
     # 2. The policy answers, G times for each question, all from the same evidence.
-    cases = []
-    for example, completion in zip(questions, perceived):
-        cases.append((example, completion.parsed.boxes if completion else []))
+    cases = [(example, seen.parsed.boxes) for example, seen in zip(questions, perceived)]
     groups = list(reason(
         players.policy, players.codec, progress(cases, "sampling answers"), s.evidence,
         group=s.group, max_tokens=s.reason_tokens, rows=s.rollout_batch, generator=generator))
 
-    # 3. One record for each answer. (Here no boxes are void: nobody is trained to write them.)
+    # 3. Every answer is one rollout. (No boxes are void here: nobody is trained to write them.)
     rollouts = []
     for example, seen, group in zip(questions, perceived, groups):
-        for completion in group.completions:
-            rollouts.append(Rollout(example, perceived=seen, answer=completion))
+        for c in group.completions:
+            group.rollouts.append(Rollout(example, sampled=c, perceived=seen, answer=c))
+        rollouts += group.rollouts
 
-    # 4. Each answer earns its own reward; without <answer> tags nothing, for it can learn them.
+    # 4. Each answer earns its own reward. One without <answer> tags earns 0: the policy can learn
+    #    to write them.
     pay(rollouts, players.judge_of_training())
-    calls = len(questions) if perceiving else 0
-    return Experience(groups, advantages_of(groups, rollouts), rollouts, calls, seconds)
+    set_advantages(groups)
+    return Experience(groups, len(questions), seconds)
 
 
-def joint(players, questions, s, generator):
-    """Both roles in one update: half of the questions train the Perceiver, half the Reasoner.
-
-    The loss is one mean over all tokens, so the role that writes more weighs more.
-    """
-    # Nobody plays both roles on the same question, so each half is a phase of its own.
-    half = len(questions) // 2
-    a = perception(players, questions[:half], s, generator)
-    b = reasoning(players, questions[half:], s, generator)
-    return Experience(
-        a.groups + b.groups, a.advantages + b.advantages, a.rollouts + b.rollouts,
-        a.partner_calls + b.partner_calls, a.partner_seconds + b.partner_seconds)
-
-
-PHASES = {
-    "perception": perception,
-    "reasoning": reasoning,
-    "joint": joint,
-    "thinking": functools.partial(reasoning, perceiving=False),
-}
+# The other schedules' phases, `joint` and `thinking`, are added after the skip line.
+PHASES = {"perception": perception, "reasoning": reasoning}
 
 
 def reward_of(rollout):
@@ -332,12 +288,11 @@ def pay(rollouts, judge, whole_text=False):
         rollout.reward = reward_of(rollout)
 
 
-def advantages_of(groups, rollouts):
-    """The rewards of each group -> its advantages, a list of (G,) tensors."""
-    # Rollouts stand group after group, as they were sampled; groups may differ in size.
-    rewards = torch.tensor([rollout.reward for rollout in rollouts])             # (Q G,)
-    sizes = [len(group.completions) for group in groups]
-    return [grpo.group_advantages(part) for part in rewards.split(sizes)]
+def set_advantages(groups):
+    """Set .advantages of all groups: each sample's reward against those of its own question."""
+    for group in groups:
+        rewards = torch.tensor([rollout.reward for rollout in group.rollouts])   # (G,)
+        group.advantages = grpo.group_advantages(rewards)                        # (G,)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -354,7 +309,7 @@ def train(s, run):
     examples, held_out, policy, codec, judge = prepare(s)
     players = Players(policy, frozen=None, codec=codec, judge=judge)
     optimizer = grpo.MasterAdamW(policy, s.lr, weight_decay=s.weight_decay, offload=s.offload)
-    run.begin(players, optimizer)  # a new folder, or the state of the newest checkpoint
+    run.begin(players, optimizer)  # a new folder, or all of this as the newest checkpoint has it
 
     for step in range(run.step, s.total):
         phase = s.phase_of(step)
@@ -364,6 +319,8 @@ def train(s, run):
         if step % s.steps == 0:
             players.frozen = frozen_copy(policy)
             optimizer.forget_moments()
+
+        # Held-out accuracy, now and then. (A run that was resumed may have measured here before.)
         if s.measures_at(step) and step not in run.accuracy:
             run.log_accuracy(step, measure(players, held_out, s))
 
@@ -373,18 +330,18 @@ def train(s, run):
         generator = torch.Generator(policy.device).manual_seed(s.seed * 1_000_003 + step)
         experience = PHASES[phase](players, questions, s, generator)
 
-        # 2. Learn: one GRPO update on what that role sampled. (Banned ids are never sampled, and
-        #    so not scored.)
+        # 2. Learn: one GRPO update on what that role sampled. (`banned` token ids were masked out
+        #    when it sampled, so they are masked out of the log-probs, too.)
         rolled_out = time.perf_counter()
         update = grpo.update_batch(
-            policy, players.frozen, optimizer, experience.groups, experience.advantages,
-            banned=codec.banned, kl=s.kl, clip=s.clip, max_norm=s.max_grad_norm, updates=s.updates)
+            policy, players.frozen, optimizer, experience.groups, banned=codec.banned, kl=s.kl,
+            clip=s.clip, max_norm=s.max_grad_norm, updates=s.updates)
 
         # 3. Record: the step is done, and its metrics say how it went.
         seconds = {"seconds_rollout": rolled_out - started - experience.partner_seconds,
                    "seconds_partner": experience.partner_seconds,
                    "seconds_update": time.perf_counter() - rolled_out}
-        update["nonfinite"] = [questions[q].id for q in update["nonfinite"]]
+        update["nonfinite"] = [group.rollouts[0].example.id for group in update["nonfinite"]]
         run.step = step + 1
         run.log({"step": run.step, "phase": phase, **metrics_of(experience), **update, **seconds})
 
@@ -393,7 +350,7 @@ def train(s, run):
             run.save_model(f"phases/{run.step // s.steps}-{phase}")
         if s.sample_every and (step == 0 or run.step % s.sample_every == 0):
             save_sample(run.folder / "samples", run.step, phase, experience.rollouts[0], codec)
-        run.checkpoint()
+        run.checkpoint_if_due()
 
     if s.measures_at(s.total) and s.total not in run.accuracy:
         run.log_accuracy(s.total, measure(players, held_out, s))
@@ -404,7 +361,8 @@ def train(s, run):
 def frozen_copy(policy):
     """The policy as it is now. One copy serves as the other role and as the reference of the KL.
 
-    What is not trained is shared, not copied: with LoRA the copy is one more adapter.
+    What is not trained is shared, not copied: in the README's LoRA fork the copy is one more
+    adapter, here it is all weights.
     """
     # deepcopy takes over what its memo, {id: object}, knows already.
     shared = {id(p): p for p in policy.parameters() if not p.requires_grad}
@@ -429,7 +387,55 @@ def questions_of(examples, step, s):
 
 
 def main(arguments=None):
-    """The command line, made from Settings. A given flag wins over the toy's or the run's value."""
+    """The command line: settings, one run in its folder, the table of what came out."""
+    s, resumed = settings_from(arguments)
+    with Run(s, resumed) as run:
+        train(s, run)
+    report(s, run)
+
+
+# =============================================================================================
+# Skip on a first reading: the other schedules; what train() is given, how a run is watched, and
+# the run's folder
+
+
+def joint(players, questions, s, generator):
+    """Both roles in one update: half of the questions train the Perceiver, half the Reasoner.
+
+    The loss is one mean over all tokens, so the role that writes more weighs more.
+    """
+    # Nobody plays both roles on the same question, so each half is a phase of its own.
+    half = len(questions) // 2
+    first = perception(players, questions[:half], s, generator)
+    return first + reasoning(players, questions[half:], s, generator)
+
+
+def thinking(players, questions, s, generator):
+    """The authors' baseline, without roles: the policy thinks and answers on the plain image."""
+    cases = [(example, []) for example in questions]
+    groups = list(reason(
+        players.policy, players.codec, progress(cases, "sampling answers"), group=s.group,
+        max_tokens=s.reason_tokens, rows=s.rollout_batch, generator=generator))
+
+    # Nobody perceived, and there is no partner.
+    rollouts = []
+    for example, group in zip(questions, groups):
+        group.rollouts = [Rollout(example, sampled=c, answer=c) for c in group.completions]
+        rollouts += group.rollouts
+    pay(rollouts, players.judge_of_training())
+    set_advantages(groups)
+    return Experience(groups)
+
+
+PHASES["joint"] = joint
+PHASES["thinking"] = thinking
+
+
+def settings_from(arguments):
+    """The command line, made from Settings -> (Settings, is a run resumed?).
+
+    A given flag wins over the toy's or the run's value. Raises InputError.
+    """
     # Only flags that were given are in `given`.
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     evaluation.add_flags(parser, Settings)
@@ -446,34 +452,44 @@ def main(arguments=None):
         s = Settings(**given)
     else:
         s = Settings(**toy.defaults() | given)
-    s.check()
+    check(s)
 
-    # Tell what is going to happen; all settings only to whoever touched one.
+    # All settings only to whoever touched one.
     phases = " and ".join(dict.fromkeys(SCHEDULES[s.schedule]))
     print(f"{s.total} steps ({phases}), {s.questions} questions x {s.group} samples a step.")
     print("A frozen copy of the model, made when a phase begins, plays the other role.")
     if s.verbose or given:
         for name, value in dataclasses.asdict(s).items():
             print(f"  {name:16} {value}")
-
-    with Run(s, resume is not None) as run:
-        train(s, run)
-
-    # Show what came out, and where to look next.
-    if run.accuracy:
-        titles = {0: "before", s.total: "after"}
-        columns = [(titles.get(step, f"step {step}"), row) for step, row in run.accuracy.items()]
-        evaluation.print_accuracy(columns)
-    print(f"\npictures    {run.folder}/samples/   what was boxed, answered and paid")
-    print(f"curves      {run.folder}/metrics.jsonl   (drawn by python tests/plot.py {run.folder})")
-    if "model" in given or resume is not None:
-        print(f"weights     {run.folder}/final/   (python eval.py --model {run.folder}/final ...)")
-    else:
-        print("a real run  python p2r_min.py --model Qwen/Qwen3-VL-2B-Instruct")
+    return s, resume is not None
 
 
-# =============================================================================================
-# Skip on a first reading: what train() is given, how a run is watched, and the run's folder
+def check(s):
+    """Raises InputError for the first setting that cannot work."""
+    # (isfinite refuses NaN, which would pass every comparison.)
+    positive = ("iterations", "steps", "questions", "updates", "lr", "clip", "max_grad_norm",
+                "max_pixels", "perceive_tokens", "reason_tokens", "rollout_batch",
+                "partner_batch")
+    not_negative = ("eval_every", "save_every", "sample_every", "seed", "kl", "weight_decay")
+    for name in positive + not_negative:
+        value, flag = getattr(s, name), "--" + name.replace("_", "-")
+        if not math.isfinite(value) or value < 0 or (value == 0 and name in positive):
+            least = "more than 0" if name in positive else "0 or more"
+            raise InputError(f"{flag} {value} must be finite, and {least}")
+
+    # What no single range tells.
+    if s.seed >= 2**32:
+        raise InputError(f"--seed {s.seed} must be less than {2**32}")
+    if s.group < 2:
+        raise InputError(f"--group {s.group}: GRPO compares samples, so it needs at least 2")
+    for name, choices in (("schedule", SCHEDULES), ("evidence", REGIONS)):
+        if getattr(s, name) not in choices:
+            raise InputError(f"--{name} {getattr(s, name)} must be {', '.join(choices)}")
+    for name in ("model", "data", "judge"):
+        if not getattr(s, name):
+            raise InputError(f"--{name} is empty")
+    if s.schedule == "joint" and s.questions < 2:
+        raise InputError("--schedule joint needs --questions 2 or more: each role gets half")
 
 
 def prepare(s):
@@ -601,6 +617,20 @@ def measure(players, held_out, s):
     return evaluation.evaluate(players.policy, players.codec, held_out, protocol, judge)
 
 
+def report(s, run):
+    """Print what came out, and where to look next."""
+    if run.accuracy:
+        titles = {0: "before", s.total: "after"}
+        columns = [(titles.get(step, f"step {step}"), row) for step, row in run.accuracy.items()]
+        evaluation.print_accuracy(columns)
+    print(f"\npictures    {run.folder}/samples/   what was boxed, answered and paid")
+    print(f"curves      {run.folder}/metrics.jsonl   (drawn by python tests/plot.py {run.folder})")
+    if s.model == str(toy.WARM_START):
+        print("a real run  python p2r_min.py --model Qwen/Qwen3-VL-2B-Instruct")
+    else:
+        print(f"weights     {run.folder}/final/   (python eval.py --model {run.folder}/final ...)")
+
+
 def metrics_of(experience):
     """What a step's rollouts say, as a dict for metrics.jsonl. A mean of nothing is None.
 
@@ -608,24 +638,24 @@ def metrics_of(experience):
     """
     # What the trained role wrote, and what it earned.
     rollouts = experience.rollouts
-    completions = [c for group in experience.groups for c in group.completions]
-    rewards = torch.tensor([rollout.reward for rollout in rollouts])             # (Q G,)
-    by_group = rewards.split([len(group.completions) for group in experience.groups])
+    completions = [rollout.sampled for rollout in rollouts]
     tokens = sum(len(c.ids) for c in completions)
+    by_group = []
+    for group in experience.groups:
+        by_group.append(torch.tensor([rollout.reward for rollout in group.rollouts]))    # (G,)
 
     # What the Perceiver wrote, whoever played it.
     lists = [rollout.perceived.parsed for rollout in rollouts if rollout.perceived]
     boxes = [box for parsed in lists for box in parsed.boxes]
 
     # What the Reasoner wrote. Only the trained role's answers need tags.
-    trained = {id(c) for c in completions}
     scored = [rollout for rollout in rollouts if rollout.score]
-    own = [rollout.score for rollout in scored if id(rollout.answer) in trained]
-    partners = [rollout.score for rollout in scored if id(rollout.answer) not in trained]
+    own = [rollout.score for rollout in scored if rollout.answer is rollout.sampled]
+    partners = [rollout.score for rollout in scored if rollout.answer is not rollout.sampled]
 
     return {
         # Rises over tens of steps. The spread inside a group is what GRPO learns from.
-        "reward_mean": rewards.mean().item(),
+        "reward_mean": torch.cat(by_group).mean().item(),
         "reward_std": mean(group.std() for group in by_group),
 
         # Groups whose samples all earned the same teach nothing. Near 1: the questions are too easy
@@ -705,7 +735,7 @@ class Run:
         self.step, self.accuracy = 0, {}      # steps done; step -> eval.evaluate's dict
         self.interrupt = None                 # number of the signal that asked to stop
         self.players = self.optimizer = None  # what a checkpoint is made of, once the run has begun
-        self.lock, self.bar, self.handlers = None, None, {}
+        self.lock, self.handlers, self.ticker = None, {}, Ticker(s)
         if s.out and not resumed and in_use(self.folder):
             raise InputError(f"--out {s.out} is not empty: choose another, or --resume {s.out}")
 
@@ -714,20 +744,16 @@ class Run:
         if not self.s.out:
             self.folder = Path(next_free_folder(self.s.model))
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = lock(self.folder / "lock")  # two processes would destroy each other's logs
+        self.lock = evaluation.lock(self.folder / "lock")  # two runs would spoil each other's logs
 
-        # What the next step depends on. A phase that begins there makes its own frozen copy.
+        # What the next step depends on is in the newest checkpoint.
         if self.resumed and self.checkpoints():
             newest = self.checkpoints()[-1]
-            try:
-                optimizer.load(newest)
-                players.frozen = frozen_copy(players.policy)
-                kept = kept_of(players.frozen, optimizer)
-                grpo.load_into(kept, newest / "frozen.safetensors")
-            except (OSError, KeyError, RuntimeError, SafetensorError) as error:
-                raise InputError(f"{newest} cannot be read ({error}): move it away to go on from "
-                                 f"the checkpoint before it") from error
+            restore(players, optimizer, newest)
             self.step = int(newest.name[5:])
+        if self.step > self.s.total:
+            raise InputError(f"{self.folder} has done {self.step} steps, but these settings make "
+                             f"{self.s.total}: give more --steps or --iterations")
 
         # Both logs end where the run goes on: what comes now is written again.
         self.players, self.optimizer = players, optimizer
@@ -736,7 +762,9 @@ class Run:
             write_whole(log, "".join(json.dumps(row) + "\n" for row in rows))
         for row in read_jsonl(self.folder / "accuracy.jsonl"):
             self.accuracy[row["step"]] = row
-        write_whole(self.folder / "config.json", json.dumps(dataclasses.asdict(self.s), indent=2))
+        if self.step < self.s.total:  # else it tells of steps that were made with other settings
+            config = json.dumps(dataclasses.asdict(self.s), indent=2)
+            write_whole(self.folder / "config.json", config)
         for number in evaluation.ending_signals():
             self.handlers[number] = signal.signal(number, self.save_on_interrupt)
 
@@ -752,31 +780,11 @@ class Run:
         append_json(self.folder / "accuracy.jsonl", self.accuracy[step])
 
     def log(self, metrics):
-        """One line of metrics, a bar for each phase; off a terminal a printed line now and then."""
         append_json(self.folder / "metrics.jsonl", metrics | {"peak_gib": peak_gib()})
-        phase = metrics["phase"]
-        told = {"reward": f"{metrics['reward_mean']:.2f}", "kl": f"{metrics['kl']:.3f}"}
-        seconds = sum(value for name, value in metrics.items() if name.startswith("seconds"))
+        self.ticker.show(metrics)
 
-        # (With disable=None the bar shows on a terminal only.)
-        done = (self.step - 1) % self.s.steps
-        if done == 0 or self.bar is None:
-            self.bar = tqdm(total=self.s.steps, initial=done, desc=f"{phase} phase", disable=None)
-        self.bar.set_postfix(told)
-        self.bar.update()
-        if done + 1 == self.s.steps:
-            self.bar.close()
-        if self.bar.disable and (self.step % 5 == 0 or self.step == 1):
-            hours = seconds * (self.s.total - self.step) / 3600
-            print(f"step {self.step}/{self.s.total} {phase}: reward {told['reward']}, "
-                  f"kl {told['kl']}, {seconds:.1f} s a step, {hours:.1f} h left", flush=True)
-
-        if metrics["nonfinite"]:
-            tqdm.write(f"step {self.step} updated nothing: loss or gradient is not finite for "
-                       f"question {', '.join(metrics['nonfinite'])}; look at it, or lower --lr")
-
-    def checkpoint(self):
-        """Save when it is due, at the end, or when a signal asked for it; then leave."""
+    def checkpoint_if_due(self):
+        """Save now and then and at the end; and when a signal asked for it, then leave."""
         # The last one makes a finished run resumable, with more --iterations.
         every = self.s.save_every
         if self.interrupt or self.step == self.s.total or (every and self.step % every == 0):
@@ -825,8 +833,7 @@ class Run:
         """Say how to go on, whatever ended the run; after a mistake in the data, save first."""
         if not self.lock:
             return
-        if self.bar:
-            self.bar.close()
+        self.ticker.close()
 
         # No traceback for what a user can mend, and always the command that goes on.
         again = f"go on with: python p2r_min.py --resume {shlex.quote(str(self.folder))}"
@@ -847,6 +854,53 @@ class Run:
             self.lock.close()
             for number, handler in self.handlers.items():
                 signal.signal(number, handler)
+
+
+class Ticker:
+    """What a run prints: a bar for each phase, or off a terminal a line now and then."""
+
+    def __init__(self, s):
+        self.s, self.bar = s, None
+
+    def show(self, metrics):
+        """One step's metrics, as they are logged."""
+        step, phase = metrics["step"], metrics["phase"]
+        reward, kl = f"{metrics['reward_mean']:.2f}", f"{metrics['kl']:.3f}"
+        seconds = sum(value for name, value in metrics.items() if name.startswith("seconds"))
+
+        # (With disable=None the bar shows on a terminal only.)
+        done = (step - 1) % self.s.steps
+        if done == 0 or self.bar is None:
+            self.bar = tqdm(total=self.s.steps, initial=done, desc=f"{phase} phase", disable=None)
+        self.bar.set_postfix({"reward": reward, "kl": kl})
+        self.bar.update()
+        if done + 1 == self.s.steps:
+            self.bar.close()
+        if self.bar.disable and (step % 5 == 0 or step == 1):
+            hours = seconds * (self.s.total - step) / 3600
+            print(f"step {step}/{self.s.total} {phase}: reward {reward}, kl {kl}, "
+                  f"{seconds:.1f} s a step, {hours:.1f} h left", flush=True)
+
+        if metrics["nonfinite"]:
+            tqdm.write(f"step {step} updated nothing: loss or gradient is not finite for question "
+                       f"{', '.join(metrics['nonfinite'])}; look at it, or lower --lr")
+
+    def close(self):
+        if self.bar:
+            self.bar.close()
+
+
+def restore(players, optimizer, checkpoint):
+    """Take players and optimizer back to a checkpoint. Raises InputError if it cannot be read."""
+    # (If a phase begins there, it makes its own frozen copy.)
+    try:
+        optimizer.load(checkpoint)
+        players.frozen = frozen_copy(players.policy)
+        kept = kept_of(players.frozen, optimizer)
+        grpo.load_into(kept, checkpoint / "frozen.safetensors")
+    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{checkpoint} cannot be read ({error}): move it away to go on from the "
+                         f"checkpoint before it") from error
 
 
 def stop_at_once(number, frame):
@@ -957,17 +1011,6 @@ def flush(path):
         os.close(handle)
 
 
-def lock(path):
-    """An open file that no other process can lock as long as this one lives."""
-    file = path.open("w")
-    if fcntl:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(f"{path.parent} is being used by another process") from error
-    return file
-
-
 def write_whole(path, text):
     with written(path) as new:
         new.write_text(text)
@@ -993,8 +1036,10 @@ def peak_gib():
     """Peak memory so far: allocated on the GPU, else of the process; None on Windows."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    if resource is None:
-        return None
+    try:
+        import resource
+    except ImportError:
+        return None  # Windows
     unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 

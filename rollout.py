@@ -22,7 +22,7 @@ import re
 import shutil
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -83,10 +83,6 @@ FORMS = {  # the last sentence depends on the kind of answer
     "free_form": "The answer is a word or a short phrase and nothing else.",
 }
 
-DIRECT = """{question}
-
-Reply with the answer alone. {form}"""  # no roles and no reasoning: a baseline of evaluation
-
 
 def perceiver_prompt(codec, image, question):
     """The Perceiver's prompt: the whole image, scaled to the pixel budget, then the question."""
@@ -112,11 +108,6 @@ def reasoner_prompt(codec, image, boxes, question, answer_form, evidence="both")
               "crops": crops, "none": [image]}[evidence]
     text = REASONER.format(regions=REGIONS[evidence], question=question, form=FORMS[answer_form])
     return codec.encode(text, images)
-
-
-def direct_prompt(codec, image, question, answer_form):
-    """No roles: the plain image, the question, and the answer at once."""
-    return codec.encode(DIRECT.format(question=question, form=FORMS[answer_form]), [image])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -152,6 +143,10 @@ class Group:
     prompt: Prompt
     completions: list
 
+    # A phase of p2r_min.py adds what became of each completion, and what it is worth.
+    rollouts: list = field(default_factory=list)  # of p2r_min.Rollout, G
+    advantages: torch.Tensor = None               # (G,)
+
 
 class Codec:
     """Encodes text and images for one model, and decodes its tokens.
@@ -163,41 +158,29 @@ class Codec:
     """
 
     def __init__(self, folder, model, max_pixels):
+        # Images: scaled to a number of pixels, cut into patches. (The PIL back end everywhere:
+        # torchvision resizes a little differently, and two machines would see different pixels.)
         config = model.config
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        template = Path(folder, "chat_template.json")  # some repositories keep it beside
-        if self.tokenizer.chat_template is None and template.is_file():
-            self.tokenizer.chat_template = json.loads(template.read_text())["chat_template"]
-        if self.tokenizer.chat_template is None:
-            raise InputError(f"{folder} has no chat template: is it an Instruct model?")
-
-        # The PIL back end everywhere: torchvision, where it is installed, resizes a little
-        # differently, and then two machines would see different pixels.
         self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
         self.merge = config.vision_config.spatial_merge_size
-        self.token_side = side = config.vision_config.patch_size * self.merge
-        if max_pixels < side**2:
-            raise InputError(f"--max-pixels {max_pixels} is smaller than one visual token of this "
-                             f"model, which covers {side} x {side} = {side**2} pixels; raise it")
-        least = min(self.image_processor.size["shortest_edge"], max_pixels)
-        self.size = {"shortest_edge": least, "longest_edge": max_pixels}  # areas, not edges!
+        self.token_side = config.vision_config.patch_size * self.merge  # pixels of a visual token
+        self.size = pixel_limits(self.image_processor, self.token_side, max_pixels)
+        self.dtype = model.dtype
+
+        # Text. In a prompt one token stands for an image, and becomes as many as it has patches.
+        self.tokenizer = tokenizer_of(folder)
+        self.stop_ids = stop_ids_of(model, self.tokenizer)
+        self.image_token_id = config.image_token_id
+        self.image_token = self.tokenizer.convert_ids_to_tokens(config.image_token_id)
 
         # A policy can sample vision ids, which would break its next forward: they are banned when
         # sampling, and in the scored distribution too (grpo.response_logprobs).
-        self.image_token_id = config.image_token_id
-        self.image_token = self.tokenizer.convert_ids_to_tokens(config.image_token_id)
         self.banned = torch.tensor([config.image_token_id, config.video_token_id,
                                     config.vision_start_token_id, config.vision_end_token_id])
 
-        # Qwen ends on <|im_end|> *or* <|endoftext|>. Nothing else is taken from generation_config:
-        # its top_k, top_p and temperature would silently change the sampled distribution.
-        ends = model.generation_config.eos_token_id
-        ends = set(ends if isinstance(ends, list) else [ends]) | {self.tokenizer.eos_token_id}
-        self.stop_ids = torch.tensor(sorted(ends - {None}))
-
-        self.rope_index = model.model.get_rope_index  # the library's M-RoPE; reads config only
+        # Positions, by the library's own M-RoPE. (It reads the config only.)
+        self.rope_index = model.model.get_rope_index
         self.max_positions = config.get_text_config().max_position_embeddings
-        self.dtype = model.dtype
 
     def encode(self, text, images):
         """One user turn of images, then text -> Prompt.
@@ -234,20 +217,12 @@ class Codec:
         """Token ids -> text without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def visual_tokens(self, width, height):
-        """Visual tokens of an image of this size, by the library's own arithmetic."""
-        width, height = self._scaled_size(width, height)
-        return width * height // self.token_side**2
-
     def scaled(self, image):
         """The image with the pixels that the model sees."""
-        return image.resize(self._scaled_size(*image.size),
-                            Image.Resampling(self.image_processor.resample))
-
-    def _scaled_size(self, width, height):
-        height, width = smart_resize(height, width, self.token_side, self.size["shortest_edge"],
-                                     self.size["longest_edge"])
-        return width, height
+        height, width = smart_resize(
+            image.height, image.width, self.token_side, self.size["shortest_edge"],
+            self.size["longest_edge"])
+        return image.resize((width, height), Image.Resampling(self.image_processor.resample))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -430,7 +405,7 @@ AttentionMaskInterface.register("group", sdpa_mask)  # the library's masks, wher
 
 
 # ---------------------------------------------------------------------------------------------
-# The two verbs, and the baseline. An `example` has .load_image(), .question and .answer_form.
+# The two verbs. An `example` has .load_image(), .question and .answer_form.
 
 
 def perceive(model, codec, examples, **how):
@@ -458,15 +433,7 @@ def reason(model, codec, cases, evidence="both", **how):
     return sample(model, codec, prefetch(prompt, cases), **how)
 
 
-def direct(model, codec, examples, **how):
-    """Examples -> one Group of immediate answers each. `how` goes to `sample`."""
-    def prompt(example):
-        return direct_prompt(codec, example.load_image(), example.question, example.answer_form)
-
-    return sample(model, codec, prefetch(prompt, examples), **how)
-
-
-# ---------------------------------------------------------------------------------------------
+# =============================================================================================
 # Skip on a first reading: what the method needs but does not explain
 
 
@@ -503,6 +470,23 @@ def prefetch(make, items, depth=16):
 def progress(items, text):
     """A progress bar for what takes longer than a few seconds; it leaves no trace."""
     return tqdm(list(items), text, leave=False, delay=5, unit="prompt", disable=None)
+
+
+# ---------------------------------------------------------------------------------------------
+# A baseline of evaluation: no roles, no reasoning
+
+DIRECT = """{question}
+
+Reply with the answer alone. {form}"""
+
+
+def direct(model, codec, examples, **how):
+    """Examples -> one Group of immediate answers each. `how` goes to `sample`."""
+    def prompt(example):
+        text = DIRECT.format(question=example.question, form=FORMS[example.answer_form])
+        return codec.encode(text, [example.load_image()])
+
+    return sample(model, codec, prefetch(prompt, examples), **how)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -702,6 +686,35 @@ def load(folder, max_pixels, device=None):
         raise InputError(f"the model folder {folder} cannot be loaded: "
                          f"{' '.join(str(error).split())}") from error
     return quicken(model).to(device).eval(), codec
+
+
+def tokenizer_of(folder):
+    """The tokenizer with its chat template. Raises InputError where there is none."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    template = Path(folder, "chat_template.json")  # some repositories keep it beside
+    if tokenizer.chat_template is None and template.is_file():
+        tokenizer.chat_template = json.loads(template.read_text())["chat_template"]
+    if tokenizer.chat_template is None:
+        raise InputError(f"{folder} has no chat template: is it an Instruct model?")
+    return tokenizer
+
+
+def pixel_limits(image_processor, side, max_pixels):
+    """Least and most pixels of an image, as the image processor takes them. Raises InputError."""
+    if max_pixels < side**2:
+        raise InputError(f"--max-pixels {max_pixels} is smaller than one visual token of this "
+                         f"model, which covers {side} x {side} = {side**2} pixels; raise it")
+    least = min(image_processor.size["shortest_edge"], max_pixels)
+    return {"shortest_edge": least, "longest_edge": max_pixels}  # areas, whatever their names say
+
+
+def stop_ids_of(model, tokenizer):
+    """The ids that end a response: Qwen has <|im_end|> *and* <|endoftext|>."""
+    # Nothing else is taken from generation_config: its top_k, top_p and temperature would silently
+    # change the sampled distribution.
+    ends = model.generation_config.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
+    return torch.tensor(sorted(ends - {None}))
 
 
 TEXT_TOKENS = 512  # room for the text of a prompt. At the paper's budget of 2048 visual tokens an

@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 import rollout
-from crop import Box
+from crop import to_box
 
 WARM_START = Path(__file__).parent / "assets" / "toy"
 
@@ -37,6 +37,55 @@ GRID = 4                # at most one thing in each cell of a 4 x 4 grid
 WAYS = ("across", "down", "uphill", "downhill")
 # Of the stripes along each axis: 1.25 px in the full view (gone), 2.6 px or more in a crop.
 PERIOD = 10
+KINDS = {"one": 1, "two": 2, "count": 3}  # kinds of questions, and how many boxes each needs
+
+
+def defaults(kinds=("one",)):
+    """What `python p2r_min.py` fills in without --model: paths, and settings of the toy's size.
+
+    kinds: the kinds of questions. Their scenes are drawn once, into ~/.cache/p2r-min (or
+    $XDG_CACHE_HOME); a change of this file makes new ones.
+    """
+    def fill(folder):
+        # No scene of training twice in 100 steps of 16, and others to measure with.
+        write_data(folder / "train", 1600, "train", kinds)
+        write_data(folder / "held_out", 300 if len(kinds) == 1 else 210, "held-out", kinds)
+
+    # (A rate of 3e-4 learns no more, and in one of eight seeds unlearned how to answer after 40
+    # steps of perception: the roles share their weights.)
+    version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+    data = rollout.cached(f"toy-{'-'.join(kinds)}-{version}", fill)
+    return dict(
+        model=str(WARM_START), data=str(data / "train"), eval_data=str(data / "held_out"),
+        steps=40, eval_every=40, questions=16, lr=2e-4, max_pixels=BUDGET, perceive_tokens=48,
+        reason_tokens=16, rollout_batch=16, partner_batch=128, judge="none", checkpointing=False)
+
+
+def write_data(folder, count, seed, kinds=("one",)):
+    """`count` questions of these kinds in turn, each on a scene of its own, as an ordinary data
+    folder: data.jsonl and images/. A pure function of the seed."""
+    (folder / "images").mkdir(parents=True)
+    rng = random.Random(seed)
+    lines = []
+    for number in range(count):
+        # Enough things for the kind of question; then one of the scene's questions of this kind.
+        kind = kinds[number % len(kinds)]
+        things = make_scene(rng, rng.randint(max(2, KINDS[kind]), 4))
+        question = rng.choice(questions(things, [kind]))
+
+        # The true boxes are for measuring (hit, oracle): no training reads them.
+        name = f"images/{number:05d}.png"
+        draw_scene(things).save(folder / name, compress_level=1)
+        lines.append(json.dumps({
+            "image": name, "question": question.text, "answer": question.answer(),
+            "answer_form": question.answer_form, "category": kind,
+            "boxes": [thing.box[:4] for thing in question.evidence]}))
+    (folder / "data.jsonl").write_text("\n".join(lines) + "\n")
+
+
+# =============================================================================================
+# Skip on a first reading: how scenes are drawn, and what is asked about them
+
 INNER = 0.72            # the striped inside, as a share of a thing's size; the rim has its colour
 SHAPES = ("circle", "square", "triangle")
 COLOURS = ("red", "green", "blue", "yellow")
@@ -46,10 +95,6 @@ COLOURS = ("red", "green", "blue", "yellow")
 PALETTE = np.array([(255, 50, 50), (40, 205, 70), (60, 100, 255), (255, 220, 0),
                     (0, 0, 0), (255, 255, 255), (200, 200, 200)], np.uint8)
 BLACK, WHITE, BACKGROUND = 4, 5, 6
-
-
-# -------------------------------------------------------------------------------------------------
-# Scenes
 
 
 @dataclass
@@ -71,7 +116,7 @@ class Thing:
         """The true box of the thing, 0..1000."""
         half = self.side / 2
         edges = (self.x - half, self.y - half, self.x + half, self.y + half)
-        return Box(*[round(1000 * edge / CANVAS) for edge in edges], self.name)
+        return to_box(edges, (CANVAS, CANVAS), self.name)
 
 
 def make_scene(rng, count):
@@ -125,11 +170,8 @@ def _inside(shape, dx, dy, half):
     return (dy <= half) & (2 * abs(dx) <= dy + half)
 
 
-# -------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------
 # Questions
-
-KINDS = {"one": 1, "two": 2, "count": 3}  # kinds of questions, and how many boxes each needs
-
 
 @dataclass
 class Question:
@@ -174,50 +216,3 @@ def questions(things, kinds=tuple(KINDS)):
             text = f"How many run {asked}: the {names[0]}, the {names[1]} and the {names[2]}?"
             found.append(Question("count", text, trio, asked))
     return [question for question in found if question.kind in kinds]
-
-
-# -------------------------------------------------------------------------------------------------
-# What p2r_min.py and eval.py use
-
-
-def write_data(folder, count, seed, kinds=("one",)):
-    """`count` questions of these kinds in turn, each on a scene of its own, as an ordinary data
-    folder: data.jsonl and images/. A pure function of the seed."""
-    (folder / "images").mkdir(parents=True)
-    rng = random.Random(seed)
-    lines = []
-    for number in range(count):
-        # Enough things for the kind of question; then one of the scene's questions of this kind.
-        kind = kinds[number % len(kinds)]
-        things = make_scene(rng, rng.randint(max(2, KINDS[kind]), 4))
-        question = rng.choice(questions(things, [kind]))
-
-        # The true boxes are for measuring (hit, oracle): no training reads them.
-        name = f"images/{number:05d}.png"
-        draw_scene(things).save(folder / name, compress_level=1)
-        lines.append(json.dumps({
-            "image": name, "question": question.text, "answer": question.answer(),
-            "answer_form": question.answer_form, "category": kind,
-            "boxes": [thing.box[:4] for thing in question.evidence]}))
-    (folder / "data.jsonl").write_text("\n".join(lines) + "\n")
-
-
-def defaults(kinds=("one",)):
-    """What `python p2r_min.py` fills in without --model: paths, and settings of the toy's size.
-
-    kinds: the kinds of questions. Their scenes are drawn once, into ~/.cache/p2r-min (or
-    $XDG_CACHE_HOME); a change of this file makes new ones.
-    """
-    def fill(folder):
-        # No scene of training twice in 100 steps of 16, and others to measure with.
-        write_data(folder / "train", 1600, "train", kinds)
-        write_data(folder / "held_out", 300 if len(kinds) == 1 else 210, "held-out", kinds)
-
-    # (A rate of 3e-4 learns no more, and in one of eight seeds unlearned how to answer after 40
-    # steps of perception: the roles share their weights.)
-    version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
-    data = rollout.cached(f"toy-{'-'.join(kinds)}-{version}", fill)
-    return dict(
-        model=str(WARM_START), data=str(data / "train"), eval_data=str(data / "held_out"),
-        steps=40, eval_every=40, questions=16, lr=2e-4, max_pixels=BUDGET, perceive_tokens=48,
-        reason_tokens=16, rollout_batch=16, partner_batch=128, judge="none", checkpointing=False)

@@ -507,12 +507,11 @@ def row_step(args):
             generator = torch.Generator(DEVICE).manual_seed(0)
             groups = list(rollout.perceive(model, codec, examples, group=G, max_tokens=R, rows=Q,
                                            generator=generator))
-            advantages = []
             for group in groups:
                 rewards = torch.tensor([reward(c.text) for c in group.completions])
-                advantages.append(grpo.group_advantages(rewards))
-            grpo.update_batch(model, frozen, optimizer, groups, advantages, banned=codec.banned,
-                              kl=0.01, clip=0.2, max_norm=1.0)
+                group.advantages = grpo.group_advantages(rewards)
+            grpo.update_batch(model, frozen, optimizer, groups, banned=codec.banned, kl=0.01,
+                              clip=0.2, max_norm=1.0)
             return groups
 
         # Both sides in turn, as in `versus`: a step of theirs, then one of ours.
@@ -630,8 +629,8 @@ def row_phases(args):
         rollout_gib = peak()
         groups = experience.groups
         updating, _, _ = timed(lambda: grpo.update_batch(
-            model, players.frozen, optimizer, groups, experience.advantages, banned=codec.banned,
-            kl=s.kl, clip=s.clip, max_norm=s.max_grad_norm))
+            model, players.frozen, optimizer, groups, banned=codec.banned, kl=s.kl, clip=s.clip,
+            max_norm=s.max_grad_norm))
         update_gib = peak()
         yield phase_figures(phase, s, model, experience, sampling, updating, *card) | dict(
             ours_gib=max(rollout_gib, update_gib), rollout_gib=rollout_gib, update_gib=update_gib)

@@ -85,10 +85,11 @@ def shuffled(phase):
     """
     def phase_with_shuffled_advantages(players, questions, s, generator):
         experience = phase(players, questions, s, generator)
-        for place, advantage in enumerate(experience.advantages):
+        for group in experience.groups:
             # The step's own generator, so that a resumed run deals out the same.
-            order = torch.randperm(len(advantage), generator=generator, device=generator.device)
-            experience.advantages[place] = advantage[order.cpu()]                # (G,)
+            G = len(group.advantages)
+            order = torch.randperm(G, generator=generator, device=generator.device)
+            group.advantages = group.advantages[order.cpu()]                     # (G,)
         return experience
 
     return phase_with_shuffled_advantages
@@ -111,21 +112,20 @@ def dense_perception(players, questions, s, generator):
     # 2. The frozen copy reads the truth, once for each distinct list of boxes, and every sample is
     #    paid. There is no answer to score.
     started = time.perf_counter()
-    rollouts, calls = [], 0
+    calls = 0
     for example, group in zip(questions, groups):
         known = {}  # boxes -> nats
-        for completion in group.completions:
-            rollout = Rollout(example, perceived=completion, reward=FLOOR)
+        group.rollouts = [Rollout(example, c, c, reward=FLOOR) for c in group.completions]
+        for rollout in group.rollouts:
             rollout.void = violation(rollout.boxes)
             coordinates = tuple(box[:4] for box in rollout.boxes)
             if not rollout.void and coordinates not in known:
                 known[coordinates] = log_likelihood(players, rollout, s.evidence)
             if not rollout.void:
                 rollout.reward = max(known[coordinates], FLOOR)
-            rollouts.append(rollout)
         calls += len(known)
-    seconds = time.perf_counter() - started
-    return Experience(groups, p2r_min.advantages_of(groups, rollouts), rollouts, calls, seconds)
+    p2r_min.set_advantages(groups)
+    return Experience(groups, calls, time.perf_counter() - started)
 
 
 @torch.no_grad()
@@ -212,7 +212,7 @@ def play(name, s, updates):
     # The product knows phases and schedules by name; the experiment adds its own.
     p2r_min.PHASES.update(FORKS)
     p2r_min.SCHEDULES[name] = SCHEDULES[name].phases
-    s.check()
+    p2r_min.check(s)
 
     # A folder with other settings belongs to another experiment.
     folder = Path(s.out)
@@ -314,8 +314,8 @@ def overlap(policy, codec, examples, s, steps=4):
             generator = torch.Generator(policy.device).manual_seed(s.seed * 1_000_003 + half)
             experience = p2r_min.PHASES[phase](players, questions, s, generator)
             grpo.update_batch(
-                policy, players.frozen, keeper, experience.groups, experience.advantages,
-                banned=codec.banned, kl=s.kl, clip=s.clip, max_norm=s.max_grad_norm)
+                policy, players.frozen, keeper, experience.groups, banned=codec.banned,
+                kl=s.kl, clip=s.clip, max_norm=s.max_grad_norm)
             found.append(keeper.vector)
 
     # Adam's first step is close to the sign of the gradient: what is steep weighs no more in it

@@ -70,16 +70,17 @@ def test_shuffled_rewards_keep_every_group_and_forget_who_earned_what():
     same = torch.zeros(4)
 
     def phase(players, questions, s, generator):
-        return Experience([], [dealt.clone(), same.clone()], [])
+        return Experience([rollout.Group(None, [], advantages=a.clone()) for a in (dealt, same)])
 
     control = experiment.shuffled(phase)
     total = torch.zeros(4)
     for seed in range(400):
-        first, second = control(None, None, None, torch.Generator().manual_seed(seed)).advantages
+        found = control(None, None, None, torch.Generator().manual_seed(seed))
+        first, second = [group.advantages for group in found.groups]
         assert sorted(first.tolist()) == sorted(dealt.tolist()) and torch.equal(second, same)
         total += first
     assert total.abs().max() < 4 * 400**0.5 * 3**0.5  # 4 standard deviations of 0
-    again = control(None, None, None, torch.Generator().manual_seed(399)).advantages[0]
+    again = control(None, None, None, torch.Generator().manual_seed(399)).groups[0].advantages
     assert torch.equal(again, first)                  # a resumed run deals out the same
 
 
@@ -111,7 +112,7 @@ def test_the_likelihood_of_the_truth_is_the_librarys(tiny, monkeypatch):
     boxes = [Box(100, 100, 400, 400, "a")]
     monkeypatch.setattr(Rollout, "boxes", boxes)
     players = Players(model, model, codec, None)
-    found = experiment.log_likelihood(players, Rollout(asked), "both")
+    found = experiment.log_likelihood(players, Rollout(asked, None), "both")
 
     prompt = rollout.reasoner_prompt(codec, image, boxes, asked.question, "na")
     total = 0.0
@@ -147,7 +148,7 @@ def test_a_dense_phase_pays_by_boxes(folder, data, tmp_path, scripted, monkeypat
     earned = {len(r.boxes): r.reward for r in found.rollouts}
     assert earned == {0: 0.0, 1: -1.0, 3: experiment.FLOOR}
     assert found.partner_calls == len(asked) == 4    # two questions, two readable lists each
-    assert [len(a) for a in found.advantages] == [8, 8]
+    assert [len(group.advantages) for group in found.groups] == [8, 8]
     p2r_min.metrics_of(found)                        # what the loop logs of it
 
 
@@ -161,7 +162,7 @@ def test_the_gradient_that_is_kept_is_that_of_the_loss(tiny):
     prompt = rollout.perceiver_prompt(codec, image, "Where?")
     group = next(rollout.sample(model, codec, [prompt], group=3, max_tokens=4, rows=1,
                                 generator=torch.Generator().manual_seed(0)))
-    advantage = torch.tensor([1.0, -1.0, 0.5])
+    advantage = group.advantages = torch.tensor([1.0, -1.0, 0.5])
     before = [p.detach().clone() for p in model.parameters()]
 
     # At the sampling policy the gradient of the loss is REINFORCE's, and the KL's is zero.
@@ -175,7 +176,7 @@ def test_the_gradient_that_is_kept_is_that_of_the_loss(tiny):
     # A second batch starts from nothing.
     keeper = experiment.Gradient(model, 1.0)
     for _ in range(2):
-        grpo.update_batch(model, p2r_min.frozen_copy(model), keeper, [group], [advantage],
+        grpo.update_batch(model, p2r_min.frozen_copy(model), keeper, [group],
                           banned=codec.banned, kl=0.01, clip=0.2, max_norm=1.0)
     assert experiment.cosine(keeper.vector, expected) == pytest.approx(1, abs=1e-4)
     assert keeper.vector.norm() == pytest.approx(expected.norm().item(), rel=1e-3)
@@ -190,7 +191,7 @@ def test_overlap_compares_a_step_with_the_gradient_on_other_questions(tiny, monk
 
     def phase(players, questions, s, generator):
         asked.append(questions)
-        return Experience([], [], [])
+        return Experience([])
 
     def update(policy, reference, keeper, *args, **how):
         keeper.vector = torch.tensor(next(made))

@@ -219,13 +219,14 @@ def test_the_gradient_does_not_depend_on_order_or_split(tiny, folder):
     reference.lm_head.weight.data.mul_(1.1)                                             # so that the KL matters
     groups = groups_of(model, codec)
     rewards = torch.tensor([[1.0, 0, 0, 0], [0, 1, 1, 0], [3, 2, 1, 0]])
-    advantages = [group_advantages(row) for row in rewards]
+    for group, row in zip(groups, rewards):
+        group.advantages = group_advantages(row)
     tokens = [sum(len(c.ids) for c in g.completions) for g in groups]
 
     def gradient(order):
         recorder = Recorder(model)
         metrics = update_batch(
-            model, reference, recorder, [groups[q] for q in order], [advantages[q] for q in order],
+            model, reference, recorder, [groups[q] for q in order],
             banned=codec.banned, kl=0.5, clip=0.2, max_norm=1.0)
         return recorder.gradients, metrics
 
@@ -242,22 +243,23 @@ def test_the_gradient_does_not_depend_on_order_or_split(tiny, folder):
 
 def test_more_updates_move_the_ratio_off_one(tiny, folder):
     model, codec = tiny
-    groups = groups_of(model, codec)
+    groups = groups_of(model, codec, advantages=[1.0, -1, 1, -1])
     metrics = update_batch(
         model, load_again(folder), MasterAdamW(model, lr=3e-2), groups,
-        [torch.tensor([1.0, -1, 1, -1])] * 3,
         banned=codec.banned, kl=0.0, clip=0.2, max_norm=1.0, updates=2)
     assert metrics["clip_fraction"] > 0
 
 
-def groups_of(model, codec, seed=0):
+def groups_of(model, codec, advantages=(0, 0, 0, 0)):
     """Three sampled groups of four, of different token counts: every third id ends a response."""
     codec.stop_ids = torch.arange(0, model.config.text_config.vocab_size, 3)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     groups = list(sample(
         model, codec, prompts_of(codec), group=4, max_tokens=9, rows=3, generator=generator))
     assert len({len(c.ids) for g in groups for c in g.completions}) > 2
     assert len({sum(len(c.ids) for c in g.completions) for g in groups}) == 3
+    for group in groups:
+        group.advantages = torch.tensor(advantages, dtype=torch.float32)
     return groups
 
 
@@ -278,7 +280,7 @@ def test_the_kl_pulls_back_to_the_reference(tiny, folder):
     kls = []
     for _ in range(8):
         metrics = update_batch(
-            model, reference, optimizer, groups, [torch.zeros(4)] * 3,
+            model, reference, optimizer, groups,
             banned=codec.banned, kl=1.0, clip=0.2, max_norm=1.0)
         kls.append(metrics["kl"])
     assert 0 < kls[-1] < 0.7 * kls[0]
@@ -367,7 +369,7 @@ def test_the_reference_is_asked_once_a_group_whatever_the_updates(tiny, folder):
     model, codec = tiny
     reference, calls = load_again(folder), []
     reference.model.register_forward_hook(lambda *_: calls.append(1))
-    update_batch(model, reference, MasterAdamW(model, lr=1e-4), groups_of(model, codec),
-                 [torch.tensor([1.0, -1, 1, -1])] * 3,
+    groups = groups_of(model, codec, advantages=[1.0, -1, 1, -1])
+    update_batch(model, reference, MasterAdamW(model, lr=1e-4), groups,
                  banned=codec.banned, kl=0.1, clip=0.2, max_norm=1.0, updates=3)
     assert len(calls) == 3

@@ -171,13 +171,14 @@ def update_peak(card, s, policy, frozen, optimizer):
     prompt = longest_prompt(policy.config, 4, s.max_pixels)
     with unset_fake_temporarily():
         ids = [torch.full((s.reason_tokens,), 100) for _ in range(s.group)]
-    group = Group(prompt, [Completion(i, torch.zeros(len(i)), True, "") for i in ids])
+    group = Group(prompt, [Completion(i, torch.zeros(len(i)), True, "") for i in ids],
+                  advantages=torch.ones(s.group))
 
     # The sum of the gradients of earlier groups is there, as for all groups but the first.
     optimizer.sums = gradients(policy)
     card.peak = card.bytes
-    grpo.update_batch(policy, frozen, optimizer, [group], [torch.ones(s.group)],
-                      banned=torch.tensor([151655]), kl=0.01, clip=0.2, max_norm=1.0)
+    grpo.update_batch(policy, frozen, optimizer, [group], banned=torch.tensor([151655]),
+                      kl=0.01, clip=0.2, max_norm=1.0)
     return card.peak / GIB
 
 

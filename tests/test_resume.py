@@ -225,7 +225,7 @@ def test_weights_come_back_as_the_rounded_masters(folder, tmp_path):
 
 def test_a_run_folder_is_used_by_one_process(folder, data, tmp_path, scripted):
     run = go(settings(folder, data, tmp_path / "run", eval_data=""))
-    held = p2r_min.lock(run / "lock")
+    held = p2r_min.evaluation.lock(run / "lock")
     with pytest.raises(InputError, match="used by another process"):
         go(settings(folder, data, run, eval_data=""), resumed=True)
     held.close()

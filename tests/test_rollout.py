@@ -132,7 +132,7 @@ def test_visual_tokens_are_what_the_library_counts_and_the_budget_holds(folder, 
     tokens = (prompt.ids == codec.image_token_id).sum()
     patches = codec.image_processor.get_number_of_image_patches(
         size[1], size[0], {"min_pixels": min(4096, budget), "max_pixels": budget})
-    assert tokens == patches // 4 == codec.visual_tokens(*size)
+    assert tokens == patches // 4
     # The library may overshoot for slivers and tiny images.
     if size[0] * size[1] > budget and max(size) < 2 * min(size):
         assert patches * 8 * 8 <= budget
@@ -162,7 +162,7 @@ def test_a_crop_of_a_small_image_is_scaled_up_to_the_checkpoints_least_size(fold
     _, (crop,) = gather(noise(640, 480), [Box(300, 300, 500, 500)])
     assert crop.size == (256, 192)
     prompt = codec.encode("Which way?", [crop])
-    assert (prompt.ids == codec.image_token_id).sum() == 70 == codec.visual_tokens(256, 192)
+    assert (prompt.ids == codec.image_token_id).sum() == 70
     assert rollout.Codec(tmp_path / "m", model, 4096).size["shortest_edge"] == 4096
 
 
