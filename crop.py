@@ -83,7 +83,7 @@ def parse_boxes(text):
     for start, end in zip(starts, ends):
         piece = text[start:end]
 
-        # An object that never speaks of a box is none that went wrong: a wrapper, for instance.
+        # Without a key of ours it is no broken box, but a wrapper: skipped, and not counted.
         if not any(f"{key}{quote}" in piece for key in BOX_KEYS for quote in "\"'"):
             continue
         box = _read_box(piece)
@@ -214,8 +214,8 @@ def to_box(rect, size, label=""):
 def padded(rect, size):
     """A rect with context around it: min(10 % of that dimension, 600 px) on each side (paper).
 
-    On an image more than 20 times as long as wide it is a little more, or a sliver along an edge
-    would be thinner than the image processor accepts (MAX_RATIO).
+    Where that is less than a 200th of the other side (MAX_RATIO) it is a little more, or a crop
+    along an edge would be thinner than the image processor accepts.
     """
     # Each side of the image has its own margin, and the crop stays inside the image.
     width, height = size

@@ -3,9 +3,9 @@
     python eval.py --model M --data SPEC --mode p2r     # or think, or direct: a benchmark's table
     python eval.py --model M --image photo.jpg --question "What is written on the red sign?"
 
-The reward of training *is* the check of evaluation: both call `grade`, and both read it here first.
-How data files are loaded, the papers' tables and the command line follow after the line that says
-"skip on a first reading". The protocol, and where it differs from the authors', stands there, too.
+The reward of training *is* the check of evaluation: both call `grade`. How data files are loaded,
+the papers' tables, where our protocol differs from the authors', and the command line follow after
+the line that says "skip on a first reading".
 """
 
 # Ctrl-C while torch is imported would print a traceback. The program's own handlers come later.
@@ -62,7 +62,7 @@ class Example:
     image: Path
     question: str                    # with its options, as the model reads it
     answer: str                      # the truth
-    answer_form: str = "free_form"   # or mca, an option's letter, or na, a number
+    answer_form: str = "free_form"   # free_form (words), mca (an option's letter) or na (a number)
     options: tuple = ()              # their texts, without letters
     category: str = ""
     rotation: str = ""               # HR-Bench asks each question four times, its options rotated
@@ -94,8 +94,8 @@ class Score(NamedTuple):
 def grade(pairs, judge=None, whole_text=False):
     """(text, example) pairs -> a Score each. Training's reward and evaluation's verdict are this.
 
-    `score` decides alone, but for free-form answers in other words than the truth: those go to the
-    judge, all in one call, and are wrong where there is none.
+    `score` decides everything except free-form answers in other words than the truth: those go to
+    the judge, all in one call, and are wrong where there is none.
     """
     pairs = list(pairs)
     scores = [score(text, example, whole_text) for text, example in pairs]
@@ -165,7 +165,7 @@ def correct(answer, example):
 
 MODES = ("p2r", "think", "direct", "oracle")
 
-# So many batches are asked, then handed out: a run that is killed loses no more.
+# Batches that are answered before any of them is handed out: a run that is killed loses no more.
 CHUNK = 4
 
 
@@ -213,7 +213,7 @@ def ask(model, codec, examples, protocol, judge=None):
             looks = [group.completions[0] for group in groups]
             boxes = [look.parsed.boxes for look in looks]
 
-        # 2. The answer. In mode direct the whole text is it, unless the model is used to tags.
+        # 2. The answer. In mode direct the whole text is the answer, unless it has tags.
         if protocol.mode == "direct":
             groups = direct(model, codec, chunk, max_tokens=protocol.reason_tokens, **limits)
         else:
@@ -245,7 +245,7 @@ def ask(model, codec, examples, protocol, judge=None):
 
 def hits(boxes, example):
     """Is the centre of every true box inside one of the predicted boxes that are cropped?"""
-    # The centre, not the overlap: a crop that holds the thing is enough, however large it is.
+    # The centre, not the overlap: a box may be generous, and its crop is larger still.
     for true in example.boxes:
         x, y = (true.x1 + true.x2) / 2, (true.y1 + true.y2) / 2
         if not any(b[0] <= x <= b[2] and b[1] <= y <= b[3] for b in boxes[:MAX_CROPS]):
@@ -254,11 +254,12 @@ def hits(boxes, example):
 
 
 def evaluate(model, codec, examples, protocol, judge=None):
-    """Accuracy of one model in both roles, for training's report: fractions, None of nothing.
+    """Accuracy of one model in both roles, for training's report: fractions, or None where no
+    example can tell.
 
     p2r     perceive, crop, reason: the method
-    hit     the boxes contain the centres of all true boxes (needs `boxes`)
-    plain   reason on the plain image, without boxes: the baseline
+    hit     the first three boxes contain the centres of all true boxes (needs `boxes`)
+    plain   reason on the plain image, without boxes (mode "think"): the baseline
     oracle  reason with the true boxes: what the Reasoner could do with a perfect Perceiver
     n       number of examples; unparsable, unanswered: shares of the p2r outputs
     categories: {category: [p2r, plain]}

@@ -64,8 +64,9 @@ def k3(logp, ref_logp):
 def grpo_loss(logp, old_logp, ref_logp, advantage, *, kl, clip, tokens):
     """One group's part of the batch's loss. Returns (loss, clipped); the parts of a batch add up.
 
-    All are (T,): logp carries the gradient; old_logp is of the policy that sampled, ref_logp of the
-    reference; advantage is that of each token's response; clipped says where the ratio was bounded.
+    The loss is a scalar, all other tensors are (T,). logp carries the gradient; old_logp is of the
+    policy that sampled, ref_logp of the reference; advantage is that of each token's response;
+    clipped says where the ratio was bounded.
     kl: coefficient of the KL. clip: 0.2. tokens: response tokens of the *whole batch*. The count is
     fixed before the first part, so the gradient depends neither on the order nor on the split of
     the groups, and every token weighs the same, in short responses and in long ones.
@@ -119,8 +120,8 @@ def pack(prompt, responses, device="cpu"):
 
     # The last *prompt* token predicts the first token of every response; from there on each
     # response token predicts the next one.
-    before = P - 1 + torch.arange(len(targets))                                  # (T,)
-    predictors = torch.where(place == 0, P - 1, before)                          # (T,)
+    own = P + torch.arange(len(targets))                                         # (T,) its place
+    predictors = torch.where(place == 0, P - 1, own - 1)                         # (T,)
 
     layout = torch.cat([torch.tensor([P]), lengths])                             # (1 + G,)
     return Row(
@@ -141,7 +142,7 @@ def response_logprobs(model, row, banned, chunk=512):
     Returns logp (T,) float32 with gradient, and entropy (T,) without.
     """
     # One forward over the whole row. (With positions, a layout and pixels of our own, the library
-    # needs to derive nothing.) Then only the places that predict response tokens.
+    # needs to derive nothing.) What is kept are the places that predict a response token.
     hidden = model.model(
         input_ids=row.ids, position_ids=row.positions, attention_mask=row.layout,
         pixel_values=row.pixels, image_grid_thw=row.grids, use_cache=False).last_hidden_state
@@ -177,15 +178,15 @@ def update_batch(policy, reference, optimizer, groups, *, banned, kl, clip, max_
 
     groups: list of rollout.Group, with their .advantages; groups may differ in size.
     updates: optimizer steps on this batch; 1 in the paper, so that the ratio is always 1.
-    Returns a dict. Averages over the response tokens, of the last pass:
+    Returns a dict. Averages over the response tokens, of the last of these steps:
         loss           at ratio 1 the advantages of a group nearly cancel: no measure of progress
         kl, entropy    nats a token; see `k3` for what `kl` reads in bf16
         clip_fraction  share of tokens whose ratio was outside the clip; 0 with `updates` = 1
         grad_norm      before it is scaled down
-    and of the first pass:
+    and of the first one:
         sampler_gap    mean |log-prob when sampled - log-prob now|: rounding, unless there is a bug
     and nonfinite: the groups whose loss was not finite (all if only the gradient's norm was not).
-    If there is any, this pass updated nothing, and no other follows.
+    If there is any, this step updated nothing, and no other follows.
     """
     # Fixed before the loop: see grpo_loss.
     tokens = sum(len(c.ids) for group in groups for c in group.completions)
@@ -208,7 +209,7 @@ def update_batch(policy, reference, optimizer, groups, *, banned, kl, clip, max_
                 with torch.no_grad():
                     ref_logps[q], _ = response_logprobs(reference, row, banned)  # (T,)
 
-            # In the first pass the policy *is* the policy that sampled, so its own log-probs are
+            # In the first step the policy *is* the policy that sampled, so its own log-probs are
             # the old ones. The sampler's must be equal, up to rounding.
             logp, entropy = response_logprobs(policy, row, banned)               # (T,) both
             if q not in old_logps:
@@ -228,7 +229,7 @@ def update_batch(policy, reference, optimizer, groups, *, banned, kl, clip, max_
             metrics["entropy"] += entropy.sum().item() / tokens
             metrics["clip_fraction"] += clipped.sum().item() / tokens
 
-        # A loss that is not finite poisons the whole sum: this batch teaches nothing.
+        # The sum lacks this group's gradient now, so it is not the batch's: nothing is updated.
         if nonfinite:
             optimizer.discard()
             metrics["grad_norm"] = math.nan
@@ -242,13 +243,13 @@ def update_batch(policy, reference, optimizer, groups, *, banned, kl, clip, max_
 
 
 # ---------------------------------------------------------------------------------------------
-# The optimizer. (Skip `state`, `load` and what follows on a first reading.)
+# The optimizer
 
 
 class MasterAdamW:
     """AdamW on float32 master copies of a model's trainable parameters.
 
-    A step of 1e-6 on a bf16 weight of 0.01 rounds to nothing: bf16 has eight bits of mantissa. So
+    A step of 1e-6 on a bf16 weight of 0.01 rounds to nothing: bf16 has eight significant bits. So
     the model computes in bf16, while masters, moments and the summed gradient are float32.
 
     offload: masters and moments live in the computer's memory and AdamW runs there. The gradient is
@@ -319,28 +320,34 @@ class MasterAdamW:
         for param, master in zip(self.params, self.masters):
             param.copy_(master)
 
-    def state(self):
-        """What a checkpoint keeps, as {file: {name: tensor}}: masters and Adam's moments."""
-        # The weights are not kept: they are the masters, rounded.
-        moments = {}
-        for name, master in zip(self.names, self.masters):
-            for kind, value in self.adam.state[master].items():
-                moments[f"{name}.{kind}"] = value
-        return {"masters": dict(zip(self.names, self.masters)), "moments": moments}
 
-    def load(self, folder):
-        """Masters, weights and moments from the safetensors files of a checkpoint folder."""
-        master_of = dict(zip(self.names, self.masters))
-        load_into(master_of, folder / "masters.safetensors")
-        self.round_weights()
+# =============================================================================================
+# Skip on a first reading: the optimizer in a checkpoint; activation checkpointing
 
-        # Adam makes its moments at the first step, so there are none to copy into.
-        self.forget_moments()
-        with safe_open(folder / "moments.safetensors", "pt") as file:
-            for key in file.keys():
-                name, _, kind = key.rpartition(".")
-                master = master_of[name]
-                self.adam.state[master][kind] = file.get_tensor(key).to(master.device)
+
+def optimizer_state(optimizer):
+    """What a checkpoint keeps, as {file: {name: tensor}}: masters and Adam's moments."""
+    # The weights are not kept: they are the masters, rounded.
+    moments = {}
+    for name, master in zip(optimizer.names, optimizer.masters):
+        for kind, value in optimizer.adam.state[master].items():
+            moments[f"{name}.{kind}"] = value
+    return {"masters": dict(zip(optimizer.names, optimizer.masters)), "moments": moments}
+
+
+def load_optimizer(optimizer, folder):
+    """Masters, weights and moments from the safetensors files of a checkpoint folder."""
+    master_of = dict(zip(optimizer.names, optimizer.masters))
+    load_into(master_of, folder / "masters.safetensors")
+    optimizer.round_weights()
+
+    # Adam makes its moments at the first step, so there are none to copy into.
+    optimizer.forget_moments()
+    with safe_open(folder / "moments.safetensors", "pt") as file:
+        for key in file.keys():
+            name, _, kind = key.rpartition(".")
+            master = master_of[name]
+            optimizer.adam.state[master][kind] = file.get_tensor(key).to(master.device)
 
 
 @torch.no_grad()

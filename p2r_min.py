@@ -16,7 +16,7 @@ the other role:
             reasoning:  frozen Perceiver writes one box list; policy writes G answers
             reward = is the final answer right? advantage = (reward - mean) / std of its group
             one GRPO update of the policy, on the tokens it sampled:
-            the loss is - clipped ratio x advantage + 0.01 KL(policy | frozen)
+            loss = - min(ratio x advantage, clipped ratio x advantage) + 0.01 KL(policy | frozen)
 
 Read in this order: p2r_min.py, rollout.py, crop.py, grpo.py, eval.py, toy.py. In every file the
 method comes first; what follows a line "skip on a first reading" can wait.
@@ -64,7 +64,7 @@ from rollout import (PREFILL, REGIONS, STRIDE, TEXT_TOKENS, Completion, InputErr
 
 
 # The phases that a schedule repeats. Each begins with a new frozen copy and fresh moments, and has
-# --steps steps. Only the first is the paper's; the others are for comparing with it.
+# --steps steps. The paper's schedule is `alternate`; the others are for comparing with it.
 SCHEDULES = {
     "alternate": ("perception", "reasoning"),
     "joint": ("joint", "joint"),                # every update trains both roles
@@ -84,7 +84,7 @@ class Settings:
     data: str = "hongxingli/P2R-10k"  # training questions: a file, folder or hub id
     eval_data: str = ""               # held-out questions; without them accuracy is not measured
     images: str = ""                  # where relative image paths start; default: beside the data
-    skip_bad: bool = False            # leave bad rows and images out, and count them, not stop
+    skip_bad: bool = False            # skip bad rows and images, and count them, do not stop there
     out: str = ""                     # run folder; default: the first free runs/NAME-1, -2, ...
     verbose: bool = False             # print all settings at the start
 
@@ -202,8 +202,8 @@ def perception(players, questions, s, generator):
         rollouts += group.rollouts
 
     # 2. A list of boxes is void if two of them overlap (IoU > 0.5), or if a label is missing or
-    #    copied from the prompt's example: it earns 0, unanswered. This is the paper's only rule on
-    #    boxes. Text that cannot be parsed is not void; it earns what "no boxes" earns.
+    #    copied from the prompt's example: it earns 0, and the Reasoner is not asked. This is the
+    #    paper's only rule on boxes. Text that cannot be parsed is not void, but read as no boxes.
     for rollout in rollouts:
         rollout.void = violation(rollout.boxes)
 
@@ -225,8 +225,8 @@ def perception(players, questions, s, generator):
         for rollout in alike:
             rollout.answer = answer
 
-    # 4. The answer pays the boxes. A missing <answer> tag is the frozen Reasoner's fault: its whole
-    #    text is read then, so that the tag costs the Perceiver nothing.
+    # 4. The boxes earn the answer's reward. A missing <answer> tag is the frozen Reasoner's fault:
+    #    all that it wrote after its thoughts is read then, so the Perceiver does not pay for it.
     pay(rollouts, players.judge_of_training(), whole_text=True)
     set_advantages(groups)
     return Experience(groups, len(cases), seconds)
@@ -309,7 +309,7 @@ def train(s, run):
     examples, held_out, policy, codec, judge = prepare(s)
     players = Players(policy, frozen=None, codec=codec, judge=judge)
     optimizer = grpo.MasterAdamW(policy, s.lr, weight_decay=s.weight_decay, offload=s.offload)
-    run.begin(players, optimizer)  # a new folder, or all of this as the newest checkpoint has it
+    run.begin(players, optimizer)  # on resume: policy, frozen copy, optimizer and step are restored
 
     for step in range(run.step, s.total):
         phase = s.phase_of(step)
@@ -364,7 +364,7 @@ def frozen_copy(policy):
     What is not trained is shared, not copied: in the README's LoRA fork the copy is one more
     adapter, here it is all weights.
     """
-    # deepcopy takes over what its memo, {id: object}, knows already.
+    # What stands in deepcopy's memo, {id: object}, is used as it is, not copied.
     shared = {id(p): p for p in policy.parameters() if not p.requires_grad}
     return copy.deepcopy(policy, shared).eval().requires_grad_(False)
 
@@ -795,7 +795,7 @@ class Run:
     def save(self):
         """All that the next step depends on. Raises InputError for weights that are not finite."""
         # A policy that is not a number would go on as one for ever.
-        tensors = self.optimizer.state()
+        tensors = grpo.optimizer_state(self.optimizer)
         tensors["frozen"] = kept_of(self.players.frozen, self.optimizer)
         for name, master in tensors["masters"].items():
             if not master.isfinite().all():
@@ -894,7 +894,7 @@ def restore(players, optimizer, checkpoint):
     """Take players and optimizer back to a checkpoint. Raises InputError if it cannot be read."""
     # (If a phase begins there, it makes its own frozen copy.)
     try:
-        optimizer.load(checkpoint)
+        grpo.load_optimizer(optimizer, checkpoint)
         players.frozen = frozen_copy(players.policy)
         kept = kept_of(players.frozen, optimizer)
         grpo.load_into(kept, checkpoint / "frozen.safetensors")

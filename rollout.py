@@ -54,9 +54,9 @@ PERCEIVER = """{question}
 
 Which regions of the image hold the evidence for answering this? Do not answer the question. \
 Reply with JSON only, the most important region first:
-[{{"bbox_2d": [x1, y1, x2, y2], "label": "%s"}}]
+[{{"bbox_2d": [x1, y1, x2, y2], "label": "LABEL"}}]
 Coordinates go from 0 to 1000, relative to the width and the height of the image. \
-If the whole image is needed, reply [].""" % PLACEHOLDER
+If the whole image is needed, reply [].""".replace("LABEL", PLACEHOLDER)
 
 REGIONS = {  # what the Reasoner is told of its evidence; without boxes nothing
     "both": """Coloured boxes in the first image mark the regions that matter. The images after \
@@ -167,7 +167,7 @@ class Codec:
         self.size = pixel_limits(self.image_processor, self.token_side, max_pixels)
         self.dtype = model.dtype
 
-        # Text. In a prompt one token stands for an image, and becomes as many as it has patches.
+        # Text. One token stands for an image; `encode` repeats it for each of its visual tokens.
         self.tokenizer = tokenizer_of(folder)
         self.stop_ids = stop_ids_of(model, self.tokenizer)
         self.image_token_id = config.image_token_id
@@ -191,7 +191,8 @@ class Codec:
             raise InputError(f"a question contains {self.image_token}, which stands for an image: "
                              f"{text[:80]!r}; remove it")
 
-        # Images become patches; in the text an image token becomes as many as it has visual tokens.
+        # Images become patches. In the text the token that stands for an image is repeated, once for
+        # each of its visual tokens.
         vision = self.image_processor(images=images, size=self.size, return_tensors="pt")
         counts = vision["image_grid_thw"].prod(dim=1) // self.merge**2          # (images,)
         expanded, *pieces = self.render(text, len(images)).split(self.image_token)
@@ -199,7 +200,8 @@ class Codec:
             expanded += self.image_token * count + piece
         ids = torch.tensor(self.tokenizer(expanded, add_special_tokens=False)["input_ids"])  # (P,)
 
-        # Positions count once along the text, and along height and width inside an image.
+        # M-RoPE. A text token advances all three axes together; inside an image height and width
+        # count on their own.
         positions, _ = self.rope_index(
             ids[None], mm_token_type_ids=(ids == self.image_token_id).int()[None],
             image_grid_thw=vision["image_grid_thw"])                            # (3, 1, P)
@@ -230,13 +232,13 @@ class Codec:
 #
 # A row of the table holds one prompt and the keys and values of its G responses, here G = 2:
 #
-#     column   0 1 2 3 4 5 6 7 8 9 10 11 12
+#     column   0 1 2 3 4 5 6 7 8 9 10 11 12 13
 #     row 0    p p p p p p p a b a b  a  b  .     P = 7, three tokens each
 #     row 1    p p p p a b . . . . .  .  .  .     P = 4, one token each
 #     row 2    . . . . . . . . . . .  .  .  .     free: the next prompt moves in
 #
 # Token t of response g is in column P + t G + g. So what response g may see follows from (P, t, g)
-# alone: the prompt, and of the columns after it those with its own remainder modulo G. Nothing is
+# alone: the prompt, and of the columns c after it its own, where (c - P) % G == g. Nothing is
 # padded on the left, and prompts of any length, each at a t of its own, share one decode step.
 #
 # When all responses of a row have ended, the row is harvested and the next prompt moves in. So a
@@ -263,7 +265,7 @@ class InProgress:
         self.alive = set(range(group))       # the responses that have not ended
         self.t = 0                           # tokens of each response that is alive
 
-        # (G,) the ids drawn last. Responses that have ended draw on, since a row is computed as a
+        # (G,) the ids drawn last. Responses that have ended keep drawing, as a row is computed as a
         # whole; what they draw is fed to the model, but not kept.
         self.newest = []
 
@@ -298,7 +300,7 @@ def sample(model, codec, prompts, *, group=1, greedy=False, max_tokens, rows, ge
     repetition penalty, see `penalised`; training has none.
     Raises InputError if the model's output is not a number, or the GPU's memory runs out.
     """
-    model.eval()  # in train mode activation checkpointing would drop the table
+    model.eval()  # in train mode activation checkpointing switches every cache off
     stops = set(codec.stop_ids.tolist())
     banned = codec.banned.to(model.device)
     prompts = enumerate(prompts)
@@ -333,6 +335,7 @@ def sample(model, codec, prompts, *, group=1, greedy=False, max_tokens, rows, ge
 
             # 3. Finished rows are harvested. The last row in use moves to the place of a finished
             #    one: the rows in use stay together, and a decode step computes nothing else.
+            #    (Backwards, so that the row which moves in has been looked at already.)
             for place in reversed(range(len(active))):
                 row = active[place]
                 if not row.alive:
@@ -365,43 +368,24 @@ def draw(logits, banned, greedy, generator):
 # Attention for responses that share a prompt
 
 
-def group_attention(module, query, key, value, mask, scaling, **more):
-    """Attention for G responses that share a prompt. Returns ((B, L, heads, d), None).
+def shared_prefix_attention(query, key, value, lengths, scaling):
+    """The prompt is causal; each response sees the prompt and, causally, itself.
 
-    query: (B, heads, L, d); key, value: (B, KV heads, columns, d). Three callers, told apart by
-    their mask (the library hands 4-D masks through untouched):
-
-    bool or None               the library's own, in its `generate`.
-    int64 (1, 1, 1, 1 + G)     prefill and training: a layout, the lengths P, R1 .. RG of a prompt
-                               and its responses. The prompt is causal, each response sees the
-                               prompt and itself. A dense (L, L) mask says the same, but takes
-                               0.6 GB at L = 25,000 and keeps SDPA off its flash kernel.
-    float (n, 1, ., columns)   a step of the sampler: what `decode_step` made.
+    query: (1, heads, L, d); key, value: (1, KV heads, L, d), in float32 or bf16. lengths: P, R1 ..
+    RG of a prompt and its responses, which follow each other along L. Returns (1, heads, L, d).
     """
-    if mask is None or mask.dtype == torch.bool:
-        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **more)
-
-    if mask.dtype == torch.long:
-        P, *lengths = mask.flatten().tolist()
-        q, k, v = (part.split([P, *lengths], dim=2) for part in (query, key, value))
-        how = dict(scale=scaling, enable_gqa=True)
-        parts = [F.scaled_dot_product_attention(q[0], k[0], v[0], is_causal=True, **how)]
-        for i, R in enumerate(lengths, start=1):
-            keys = torch.cat([k[0], k[i]], dim=2)                               # (1, ., P + R, d)
-            values = torch.cat([v[0], v[i]], dim=2)
-            parts.append(F.scaled_dot_product_attention(
-                q[i], keys, values, attn_mask=causal_lower_right(R, P + R), **how))
-        return torch.cat(parts, dim=2).transpose(1, 2), None
-
-    # Query heads that share a KV head become further queries of it: repeating the keys instead, as
-    # is usual, would copy the table at every step.
-    folded = query.reshape(*key.shape[:2], -1, query.shape[3])           # (n, KV heads, ., d)
-    output = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
-    return output.reshape(query.shape).transpose(1, 2), None
-
-
-AttentionInterface.register("group", group_attention)
-AttentionMaskInterface.register("group", sdpa_mask)  # the library's masks, where it makes one
+    # A dense (L, L) mask says the same, but takes 0.6 GB at L = 25,000 and keeps PyTorch off its
+    # flash kernel.
+    P, *responses = lengths
+    q, k, v = (part.split(lengths, dim=2) for part in (query, key, value))
+    how = dict(scale=scaling, enable_gqa=True)
+    parts = [F.scaled_dot_product_attention(q[0], k[0], v[0], is_causal=True, **how)]
+    for i, R in enumerate(responses, start=1):
+        keys = torch.cat([k[0], k[i]], dim=2)                                   # (1, ., P + R, d)
+        values = torch.cat([v[0], v[i]], dim=2)
+        parts.append(F.scaled_dot_product_attention(
+            q[i], keys, values, attn_mask=causal_lower_right(R, P + R), **how))
+    return torch.cat(parts, dim=2)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -620,6 +604,33 @@ def penalised(logits, active, penalty, codec):
     process = RepetitionPenaltyLogitsProcessor(penalty)
     scores = process(past.to(logits.device), logits.flatten(0, 1).float())      # (n G, V)
     return scores.view(logits.shape)
+
+
+def group_attention(module, query, key, value, mask, scaling, **more):
+    """The language model's attention, as the library calls it. Returns ((B, L, heads, d), None).
+
+    query: (B, heads, L, d); key, value: (B, KV heads, columns, d). Three callers, told apart by
+    their mask (the library hands 4-D masks through untouched):
+
+    bool or None               the library's own, in its `generate`.
+    int64 (1, 1, 1, 1 + G)     prefill and training: no mask, but the lengths P, R1 .. RG.
+    float (n, 1, q, columns)   a step of the sampler: what `decode_step` made.
+    """
+    if mask is None or mask.dtype == torch.bool:
+        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **more)
+    if mask.dtype == torch.long:
+        output = shared_prefix_attention(query, key, value, mask.flatten().tolist(), scaling)
+        return output.transpose(1, 2), None
+
+    # Query heads that share a KV head become further queries of it: repeating the keys instead, as
+    # is usual, would copy the table at every step.
+    folded = query.reshape(*key.shape[:2], -1, query.shape[3])                  # (n, KV heads, q, d)
+    output = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
+    return output.reshape(query.shape).transpose(1, 2), None
+
+
+AttentionInterface.register("group", group_attention)
+AttentionMaskInterface.register("group", sdpa_mask)  # the library's masks, where it makes one
 
 
 # ---------------------------------------------------------------------------------------------

@@ -17,6 +17,9 @@ scenes are not those of the warm start.
 and of ordinary JSONL folders, and settings of the right size. All the rest is the real code.
 """
 
+# =============================================================================================
+# Skip on a first reading: all of it
+
 import hashlib
 import json
 import random
@@ -35,7 +38,7 @@ CANVAS = 512            # side of a scene; this and all lengths below are pixels
 BUDGET = 64 * 64        # pixels of every image that the model sees: an eighth of the canvas' width
 GRID = 4                # at most one thing in each cell of a 4 x 4 grid
 WAYS = ("across", "down", "uphill", "downhill")
-# Of the stripes along each axis: 1.25 px in the full view (gone), 2.6 px or more in a crop.
+# Of the stripes, along each axis: 1.25 px in the full view (gone), 2.6 px or more in a crop.
 PERIOD = 10
 KINDS = {"one": 1, "two": 2, "count": 3}  # kinds of questions, and how many boxes each needs
 
@@ -47,14 +50,15 @@ def defaults(kinds=("one",)):
     $XDG_CACHE_HOME); a change of this file makes new ones.
     """
     def fill(folder):
-        # No scene of training twice in 100 steps of 16, and others to measure with.
+        # 1,600 scenes to train on, so none comes twice in 100 steps of 16; others to measure with.
         write_data(folder / "train", 1600, "train", kinds)
         write_data(folder / "held_out", 300 if len(kinds) == 1 else 210, "held-out", kinds)
 
-    # (A rate of 3e-4 learns no more, and in one of eight seeds unlearned how to answer after 40
-    # steps of perception: the roles share their weights.)
     version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
     data = rollout.cached(f"toy-{'-'.join(kinds)}-{version}", fill)
+
+    # At lr 3e-4 nothing more is learned, and one of eight seeds unlearned how to answer after 40
+    # steps of perception: the roles share their weights.
     return dict(
         model=str(WARM_START), data=str(data / "train"), eval_data=str(data / "held_out"),
         steps=40, eval_every=40, questions=16, lr=2e-4, max_pixels=BUDGET, perceive_tokens=48,
@@ -83,8 +87,8 @@ def write_data(folder, count, seed, kinds=("one",)):
     (folder / "data.jsonl").write_text("\n".join(lines) + "\n")
 
 
-# =============================================================================================
-# Skip on a first reading: how scenes are drawn, and what is asked about them
+# ---------------------------------------------------------------------------------------------
+# Scenes
 
 INNER = 0.72            # the striped inside, as a share of a thing's size; the rim has its colour
 SHAPES = ("circle", "square", "triangle")

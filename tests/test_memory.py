@@ -158,7 +158,7 @@ def players(card, s, layers=None):
     optimizer.sums = gradients(policy)
     optimizer.step(1.0)
     if s.offload:
-        card.forget(tensors_of(list(optimizer.state().values())))
+        card.forget(tensors_of(list(grpo.optimizer_state(optimizer).values())))
     return policy, frozen, optimizer
 
 
