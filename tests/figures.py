@@ -116,7 +116,10 @@ def table(results):
     for name, runs in results.runs.items():
         less = ["", ""]
         if name != "alternate":
-            less = [told(values) for values in results.less_alternate(name)]
+            by_updates, by_calls = results.less_alternate(name)
+            less = [told(by_updates), told(by_calls)]
+            if len(by_calls) < len(by_updates):
+                less[1] += f" ({len(by_calls)} of {len(by_updates)} seeds)"
 
         # Is the curve flat by then? (Six phases are measured at two thirds, not three quarters.)
         earlier = results.updates * 3 // 4
