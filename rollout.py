@@ -191,8 +191,8 @@ class Codec:
             raise InputError(f"a question contains {self.image_token}, which stands for an image: "
                              f"{text[:80]!r}; remove it")
 
-        # Images become patches. In the text the token that stands for an image is repeated, once for
-        # each of its visual tokens.
+        # Images become patches. In the text the token that stands for an image is repeated, once
+        # for each of its visual tokens.
         vision = self.image_processor(images=images, size=self.size, return_tensors="pt")
         counts = vision["image_grid_thw"].prod(dim=1) // self.merge**2          # (images,)
         expanded, *pieces = self.render(text, len(images)).split(self.image_token)
@@ -624,7 +624,7 @@ def group_attention(module, query, key, value, mask, scaling, **more):
 
     # Query heads that share a KV head become further queries of it: repeating the keys instead, as
     # is usual, would copy the table at every step.
-    folded = query.reshape(*key.shape[:2], -1, query.shape[3])                  # (n, KV heads, q, d)
+    folded = query.reshape(*key.shape[:2], -1, query.shape[3])          # (n, KV heads, q, d)
     output = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
     return output.reshape(query.shape).transpose(1, 2), None
 
