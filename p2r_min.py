@@ -16,7 +16,8 @@ the other role:
             reasoning:  frozen Perceiver writes one box list; policy writes G answers
             reward = is the final answer right? advantage = (reward - mean) / std of its group
             one GRPO update of the policy, on the tokens it sampled:
-            loss = - min(ratio x advantage, clipped ratio x advantage) + 0.01 KL(policy | frozen)
+            loss = - min(ratio x advantage, clipped ratio x advantage) + 0.01 KL(policy | frozen),
+            a mean over all of the tokens of the step
 
 Read in this order: p2r_min.py, rollout.py, crop.py, grpo.py, eval.py, toy.py. In every file the
 method comes first; what follows a line "skip on a first reading" can wait.
@@ -107,9 +108,9 @@ class Settings:
     weight_decay: float = 0.01        # of AdamW; its betas are 0.9 and 0.999
     max_grad_norm: float = 1.0        # the gradient is scaled down to this norm
     evidence: str = "both"            # what the Reasoner sees: both, annotated, crops or none
-    judge: str = "self"               # decides whether a free-form answer that is worded otherwise
-                                      # than the truth means the same: self (the frozen copy), none,
-                                      # or a model, which then judges --eval-data, too
+    judge: str = "self"               # judges free-form answers in other words than the truth's:
+                                      # self (the frozen copy; in training only), none, or a model
+                                      # (in training and of --eval-data)
 
     # Limits and memory
     max_pixels: int = 2_097_152       # pixel budget of every image the model sees, crops too
@@ -252,7 +253,8 @@ def reasoning(players, questions, s, generator):
     rollouts = []
     for example, seen, group in zip(questions, perceived, groups):
         for c in group.completions:
-            group.rollouts.append(Rollout(example, sampled=c, perceived=seen, answer=c))
+            rollout = Rollout(example, sampled=c, perceived=seen, answer=c)
+            group.rollouts.append(rollout)
         rollouts += group.rollouts
 
     # 4. Each answer earns its own reward. One without <answer> tags earns 0: the policy can learn
@@ -267,7 +269,8 @@ PHASES = {"perception": perception, "reasoning": reasoning}
 
 
 def reward_of(rollout):
-    """What a rollout earns: 1 for a right final answer, 0 for a wrong one and for void boxes.
+    """What a rollout earns: 1 for a right final answer; 0 for a wrong one, for void boxes and, of
+    the trained Reasoner, for one without <answer> tags.
 
     This is the place for another reward: rollout.example (with .boxes, where the data has them),
     rollout.boxes, rollout.answer.text and rollout.score are at hand.
@@ -330,8 +333,8 @@ def train(s, run):
         generator = torch.Generator(policy.device).manual_seed(s.seed * 1_000_003 + step)
         experience = PHASES[phase](players, questions, s, generator)
 
-        # 2. Learn: one GRPO update on what that role sampled. (`banned` token ids were masked out
-        #    when it sampled, so they are masked out of the log-probs, too.)
+        # 2. Learn: one GRPO update on what that role sampled. (`banned` token ids, such as that of
+        #    an image, were masked out when it sampled, so they are in the log-probs, too.)
         rolled_out = time.perf_counter()
         update = grpo.update_batch(
             policy, players.frozen, optimizer, experience.groups, banned=codec.banned, kl=s.kl,
@@ -361,8 +364,8 @@ def train(s, run):
 def frozen_copy(policy):
     """The policy as it is now. One copy serves as the other role and as the reference of the KL.
 
-    What is not trained is shared, not copied: in the README's LoRA fork the copy is one more
-    adapter, here it is all weights.
+    Here all weights are trained, the vision tower's included, so all are copied. What a fork does
+    not train (with LoRA, README.md: all but the adapter) the two models share.
     """
     # What stands in deepcopy's memo, {id: object}, is used as it is, not copied.
     shared = {id(p): p for p in policy.parameters() if not p.requires_grad}
