@@ -278,7 +278,7 @@ class InProgress:
             if ids[g] in stops or self.t == max_tokens:
                 self.alive.remove(g)
 
-    def group(self, codec):
+    def as_group(self, codec):
         """The finished row as a Group."""
         completions = []
         for response in self.responses:
@@ -339,7 +339,7 @@ def sample(model, codec, prompts, *, group=1, greedy=False, max_tokens, rows, ge
             for place in reversed(range(len(active))):
                 row = active[place]
                 if not row.alive:
-                    finished[row.order] = row.group(codec)
+                    finished[row.order] = row.as_group(codec)
                     active[place] = active[-1]
                     active.pop()
                     if place < len(active):
@@ -371,8 +371,9 @@ def draw(logits, banned, greedy, generator):
 def shared_prefix_attention(query, key, value, lengths, scaling):
     """The prompt is causal; each response sees the prompt and, causally, itself.
 
-    query: (1, heads, L, d); key, value: (1, KV heads, L, d), in float32 or bf16. lengths: P, R1 ..
-    RG of a prompt and its responses, which follow each other along L. Returns (1, heads, L, d).
+    query: (B, heads, L, d); key, value: (B, KV heads, L, d). lengths: P, R1 .. RG of a prompt and
+    its responses, which follow each other along L. (B is 1, but prefill has prompts alone, in
+    batches.) Returns (B, heads, L, d).
     """
     # A dense (L, L) mask says the same, but takes 0.6 GB at L = 25,000 and keeps PyTorch off its
     # flash kernel.
@@ -381,7 +382,7 @@ def shared_prefix_attention(query, key, value, lengths, scaling):
     how = dict(scale=scaling, enable_gqa=True)
     parts = [F.scaled_dot_product_attention(q[0], k[0], v[0], is_causal=True, **how)]
     for i, R in enumerate(responses, start=1):
-        keys = torch.cat([k[0], k[i]], dim=2)                                   # (1, ., P + R, d)
+        keys = torch.cat([k[0], k[i]], dim=2)                                   # (B, ., P + R, d)
         values = torch.cat([v[0], v[i]], dim=2)
         parts.append(F.scaled_dot_product_attention(
             q[i], keys, values, attn_mask=causal_lower_right(R, P + R), **how))
