@@ -85,7 +85,7 @@ class Settings:
     data: str = "hongxingli/P2R-10k"  # training questions: a file, folder or hub id
     eval_data: str = ""               # held-out questions; without them accuracy is not measured
     images: str = ""                  # where relative image paths start; default: beside the data
-    skip_bad: bool = False            # skip bad rows and images, and count them, do not stop there
+    skip_bad: bool = False            # skip and count bad rows and images instead of stopping
     out: str = ""                     # run folder; default: the first free runs/NAME-1, -2, ...
     verbose: bool = False             # print all settings at the start
 

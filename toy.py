@@ -177,6 +177,7 @@ def _inside(shape, dx, dy, half):
 # ---------------------------------------------------------------------------------------------
 # Questions
 
+
 @dataclass
 class Question:
     kind: str
