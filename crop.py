@@ -97,38 +97,6 @@ def parse_boxes(text):
     return Parsed(boxes, bool(boxes) or empty_list, dropped)
 
 
-def _read_box(piece):
-    """Text that begins with an object -> Box, or None where it holds no four usable numbers."""
-    # Python-style quotes are common.
-    fields = _read_object(piece) or _read_object(piece.replace("'", '"'))
-    if not fields:
-        return None
-    found = [fields[key] for key in BOX_KEYS if key in fields]
-    value = found[0] if found else None
-
-    # Seen in the wild and meant well: [[x1, y1, x2, y2]]. Not meant as a box of ours: null, an
-    # integer, the nine numbers of a 3-D box.
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
-    if not isinstance(value, list) or len(value) != 4:
-        return None
-    numbers = [_read_number(v) for v in value]
-    if None in numbers:
-        return None
-
-    # Inverted corners mean the same region. What reaches beyond the image is cut off; a box that
-    # is wholly outside has no area left.
-    x1, y1, x2, y2 = [min(max(number, 0.0), 1000.0) for number in numbers]
-    x1, x2 = sorted((x1, x2))
-    y1, y2 = sorted((y1, y2))
-    if x1 == x2 or y1 == y2:
-        return None
-
-    # A missing label and a null are empty ones: `violation` knows what to think of them.
-    label = fields.get("label")
-    return Box(x1, y1, x2, y2, "" if label is None else str(label).strip())
-
-
 # ---------------------------------------------------------------------------------------------
 # The rule that voids a perception rollout
 
@@ -147,18 +115,6 @@ def violation(boxes):
             if iou(box, other) > MAX_IOU:
                 return "overlap"
     return None
-
-
-def iou(a, b):
-    """Intersection over union of two boxes, 0..1."""
-    width = min(a.x2, b.x2) - max(a.x1, b.x1)
-    height = min(a.y2, b.y2) - max(a.y1, b.y1)
-    if width <= 0 or height <= 0:
-        return 0.0
-    shared = width * height
-    area_a = (a.x2 - a.x1) * (a.y2 - a.y1)
-    area_b = (b.x2 - b.x1) * (b.y2 - b.y1)
-    return shared / (area_a + area_b - shared)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -203,14 +159,6 @@ def to_rect(box, size):
     return left, top, right, bottom
 
 
-def to_box(rect, size, label=""):
-    """A rect of an image of size (width, height) -> its Box, rounded to whole numbers."""
-    width, height = size
-    left, top, right, bottom = rect
-    return Box(round(1000 * left / width), round(1000 * top / height),
-               round(1000 * right / width), round(1000 * bottom / height), label)
-
-
 def padded(rect, size):
     """A rect with context around it: min(10 % of that dimension, 600 px) on each side (paper).
 
@@ -228,6 +176,38 @@ def padded(rect, size):
 
 # =============================================================================================
 # Skip on a first reading: single values, any image as RGB, and the picture for people
+
+
+def _read_box(piece):
+    """Text that begins with an object -> Box, or None where it holds no four usable numbers."""
+    # Python-style quotes are common.
+    fields = _read_object(piece) or _read_object(piece.replace("'", '"'))
+    if not fields:
+        return None
+    found = [fields[key] for key in BOX_KEYS if key in fields]
+    value = found[0] if found else None
+
+    # Seen in the wild and meant well: [[x1, y1, x2, y2]]. Not meant as a box of ours: null, an
+    # integer, the nine numbers of a 3-D box.
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if not isinstance(value, list) or len(value) != 4:
+        return None
+    numbers = [_read_number(v) for v in value]
+    if None in numbers:
+        return None
+
+    # Inverted corners mean the same region. What reaches beyond the image is cut off; a box that
+    # is wholly outside has no area left.
+    x1, y1, x2, y2 = [min(max(number, 0.0), 1000.0) for number in numbers]
+    x1, x2 = sorted((x1, x2))
+    y1, y2 = sorted((y1, y2))
+    if x1 == x2 or y1 == y2:
+        return None
+
+    # A missing label and a null are empty ones: `violation` knows what to think of them.
+    label = fields.get("label")
+    return Box(x1, y1, x2, y2, "" if label is None else str(label).strip())
 
 
 def _read_object(piece):
@@ -248,6 +228,26 @@ def _read_number(value):
     except (ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
+
+
+def iou(a, b):
+    """Intersection over union of two boxes, 0..1."""
+    width = min(a.x2, b.x2) - max(a.x1, b.x1)
+    height = min(a.y2, b.y2) - max(a.y1, b.y1)
+    if width <= 0 or height <= 0:
+        return 0.0
+    shared = width * height
+    area_a = (a.x2 - a.x1) * (a.y2 - a.y1)
+    area_b = (b.x2 - b.x1) * (b.y2 - b.y1)
+    return shared / (area_a + area_b - shared)
+
+
+def to_box(rect, size, label=""):
+    """A rect of an image of size (width, height) -> its Box, rounded to whole numbers."""
+    width, height = size
+    left, top, right, bottom = rect
+    return Box(round(1000 * left / width), round(1000 * top / height),
+               round(1000 * right / width), round(1000 * bottom / height), label)
 
 
 def colour_of(number):

@@ -3,9 +3,10 @@
     python eval.py --model M --data SPEC --mode p2r     # or think, or direct: a benchmark's table
     python eval.py --model M --image photo.jpg --question "What is written on the red sign?"
 
-The reward of training *is* the check of evaluation: both call `grade`. How data files are loaded,
-the papers' tables, where our protocol differs from the authors', and the command line follow after
-the line that says "skip on a first reading".
+The reward of training *is* the check of evaluation: both call `grade`. After the line that says
+"skip on a first reading" follow: how a model is asked, in evaluation; how a letter, a number and
+words are read; data files; the papers' tables, and where our protocol differs from the authors';
+the command line.
 """
 
 # Ctrl-C while torch is imported would print a traceback. The program's own handlers come later.
@@ -160,7 +161,10 @@ def correct(answer, example):
     return bool(words) and without_article(words) == without_article(plain_words(example.answer))
 
 
-# ---------------------------------------------------------------------------------------------
+# =============================================================================================
+# Skip on a first reading: asking a model, and accuracy; how answers are read; the judge; data
+# files; benchmark tables; the command line
+#
 # Asking a model
 
 MODES = ("p2r", "think", "direct", "oracle")
@@ -300,8 +304,8 @@ def mean(values):
     return sum(values) / len(values) if values else None
 
 
-# =============================================================================================
-# Skip on a first reading: how a letter, a number and words are read
+# ---------------------------------------------------------------------------------------------
+# How a letter, a number and words are read
 
 # In characters. A longer text is an essay, which is not read for a letter or a number. It also
 # bounds the time that any pattern below can take.
@@ -1018,7 +1022,7 @@ def split_options(question):
 #     and its options are lettered anew, one a line (`clean_question`, `split_options`).
 #  3. The answer form of a row that does not say is guessed: options make it a choice, else it is
 #     free-form. (The authors' loaders know each data set.)
-#  4. Option letters and numbers are read by the rules below, boxes by crop.parse_boxes. Of several
+#  4. Option letters and numbers are read by the rules above, boxes by crop.parse_boxes. Of several
 #     <answer> the last counts; the authors take the first.
 #  5. Images are turned upright (EXIF), and what is transparent is white. Crops are rounded
 #     outwards.

@@ -1,4 +1,4 @@
-"""GRPO on groups that share a prompt: advantages, KL, loss, log-probs, optimizer, update.
+"""GRPO on groups that share a prompt: advantages, KL, loss, log-probs, update; the optimizer.
 
 Paper: arXiv 2607.01191 (PRA-GRPO). GRPO is from DeepSeekMath (arXiv 2402.03300), its clip from PPO
 (arXiv 1707.06347), the k3 estimator of the KL from http://joschu.net/blog/kl-approx.html.
@@ -242,8 +242,8 @@ def update_batch(policy, reference, optimizer, groups, *, banned, kl, clip, max_
     return metrics | {"sampler_gap": gap / tokens, "nonfinite": nonfinite}
 
 
-# ---------------------------------------------------------------------------------------------
-# The optimizer
+# =============================================================================================
+# Skip on a first reading: AdamW for bf16 weights, its checkpoint; activation checkpointing
 
 
 class MasterAdamW:
@@ -321,8 +321,8 @@ class MasterAdamW:
             param.copy_(master)
 
 
-# =============================================================================================
-# Skip on a first reading: the optimizer in a checkpoint; activation checkpointing
+# ---------------------------------------------------------------------------------------------
+# The optimizer in a checkpoint; activation checkpointing
 
 
 def optimizer_state(optimizer):

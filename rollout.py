@@ -116,7 +116,8 @@ def reasoner_prompt(codec, image, boxes, question, answer_form, evidence="both")
 
 @dataclass
 class Prompt:
-    """One encoded prompt, on the CPU, without padding."""
+    """One encoded prompt, on the CPU, without padding. `Codec.encode` makes it: the chat template
+    around images, then text, in which one token stands for each square of 32 x 32 pixels."""
     ids: torch.Tensor        # (P,) token ids, every image expanded to its visual tokens
     positions: torch.Tensor  # (3, P) temporal, height and width positions (M-RoPE)
     pixels: torch.Tensor     # (patches, channels * temporal * patch * patch)
@@ -148,85 +149,6 @@ class Group:
     advantages: torch.Tensor = None               # (G,)
 
 
-class Codec:
-    """Encodes text and images for one model, and decodes its tokens.
-
-    max_pixels: the budget *per image*, the whole image and each crop alike (paper: 2,097,152 in
-    training). Larger images are scaled down to it. Smaller ones are scaled up to the checkpoint's
-    own `shortest_edge` (an area, 65,536 px for Qwen3-VL), as the authors' loaders do in effect.
-    Raises InputError if the budget is smaller than one visual token.
-    """
-
-    def __init__(self, folder, model, max_pixels):
-        # Images: scaled to a number of pixels, cut into patches. (The PIL back end everywhere:
-        # torchvision resizes a little differently, and two machines would see different pixels.)
-        config = model.config
-        self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
-        self.merge = config.vision_config.spatial_merge_size
-        self.token_side = config.vision_config.patch_size * self.merge  # pixels of a visual token
-        self.size = pixel_limits(self.image_processor, self.token_side, max_pixels)
-        self.dtype = model.dtype
-
-        # Text. One token stands for an image; `encode` repeats it for each of its visual tokens.
-        self.tokenizer = tokenizer_of(folder)
-        self.stop_ids = stop_ids_of(model, self.tokenizer)
-        self.image_token_id = config.image_token_id
-        self.image_token = self.tokenizer.convert_ids_to_tokens(config.image_token_id)
-
-        # A policy can sample vision ids, which would break its next forward: they are banned when
-        # sampling, and in the scored distribution too (grpo.response_logprobs).
-        self.banned = torch.tensor([config.image_token_id, config.video_token_id,
-                                    config.vision_start_token_id, config.vision_end_token_id])
-
-        # Positions, by the library's own M-RoPE. (It reads the config only.)
-        self.rope_index = model.model.get_rope_index
-        self.max_positions = config.get_text_config().max_position_embeddings
-
-    def encode(self, text, images):
-        """One user turn of images, then text -> Prompt.
-
-        Raises InputError if the text contains the token that stands for an image.
-        """
-        if self.image_token in text:
-            raise InputError(f"a question contains {self.image_token}, which stands for an image: "
-                             f"{text[:80]!r}; remove it")
-
-        # Images become patches. In the text the token that stands for an image is repeated, once
-        # for each of its visual tokens.
-        vision = self.image_processor(images=images, size=self.size, return_tensors="pt")
-        counts = vision["image_grid_thw"].prod(dim=1) // self.merge**2          # (images,)
-        expanded, *pieces = self.render(text, len(images)).split(self.image_token)
-        for count, piece in zip(counts.tolist(), pieces):
-            expanded += self.image_token * count + piece
-        ids = torch.tensor(self.tokenizer(expanded, add_special_tokens=False)["input_ids"])  # (P,)
-
-        # M-RoPE. A text token advances all three axes together; inside an image height and width
-        # count on their own.
-        positions, _ = self.rope_index(
-            ids[None], mm_token_type_ids=(ids == self.image_token_id).int()[None],
-            image_grid_thw=vision["image_grid_thw"])                            # (3, 1, P)
-        return Prompt(ids, positions[:, 0], vision["pixel_values"].to(self.dtype),
-                      vision["image_grid_thw"])
-
-    def render(self, text, count):
-        """One user turn -> the chat template's text, with `count` image tokens before the words."""
-        content = [{"type": "image"}] * count + [{"type": "text", "text": text}]
-        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
-        return self.tokenizer.apply_chat_template(messages, tokenize=False,
-                                                  add_generation_prompt=True)
-
-    def decode(self, ids):
-        """Token ids -> text without special tokens."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
-
-    def scaled(self, image):
-        """The image with the pixels that the model sees."""
-        height, width = smart_resize(
-            image.height, image.width, self.token_side, self.size["shortest_edge"],
-            self.size["longest_edge"])
-        return image.resize((width, height), Image.Resampling(self.image_processor.resample))
-
-
 # ---------------------------------------------------------------------------------------------
 # The sampler: a table of rows
 #
@@ -244,49 +166,9 @@ class Codec:
 # When all responses of a row have ended, the row is harvested and the next prompt moves in. So a
 # long response holds up its own row only, and the number of decode steps is close to
 # (sum over prompts of the longest response) / rows.
-
-# Prompt tokens in one forward at most (one prompt at least): bounds the memory it works in.
-PREFILL = 16_384
-
-# The columns that attention reads are rounded up to this. A GPU likes to see few shapes; on a CPU
-# every column costs.
-STRIDE = 256 if torch.cuda.is_available() else 16
-
-
-class InProgress:
-    """What a row in use holds: a prompt, and its G responses so far."""
-
-    def __init__(self, order, prompt, group):
-        self.order = order                   # groups come out in the order in which they were asked
-        self.prompt = prompt
-        self.P = len(prompt.ids)
-        self.start = prompt.positions.max().item() + 1  # position of every response's first token
-        self.responses = [[] for _ in range(group)]     # G lists of (token id, log-prob)
-        self.alive = set(range(group))       # the responses that have not ended
-        self.t = 0                           # tokens of each response that is alive
-
-        # (G,) the ids drawn last. Responses that have ended keep drawing, as a row is computed as a
-        # whole; what they draw is fed to the model, but not kept.
-        self.newest = []
-
-    def take(self, ids, logps, stops, max_tokens):
-        """Note one token of each response; those that end with it are no longer alive."""
-        self.newest = ids
-        self.t += 1
-        for g in sorted(self.alive):
-            self.responses[g].append((ids[g], logps[g]))
-            if ids[g] in stops or self.t == max_tokens:
-                self.alive.remove(g)
-
-    def as_group(self, codec):
-        """The finished row as a Group."""
-        completions = []
-        for response in self.responses:
-            ids, logps = zip(*response)
-            ids, logps = torch.tensor(ids), torch.tensor(logps)                 # (R,) each
-            ended = torch.isin(ids[-1], codec.stop_ids).item()
-            completions.append(Completion(ids, logps, ended, codec.decode(ids)))
-        return Group(self.prompt, completions)
+#
+# Below the skip line: `InProgress` is a row's prompt and responses, `Table` its keys and values;
+# `prefill` reads new prompts into the table, `decode_step` feeds each response's newest token.
 
 
 @torch.no_grad()
@@ -419,7 +301,8 @@ def reason(model, codec, cases, evidence="both", **how):
 
 
 # =============================================================================================
-# Skip on a first reading: what the method needs but does not explain
+# Skip on a first reading: what the method needs but does not explain: errors and bars, encoding,
+# the sampler's table, loading a model, the hub
 
 
 class InputError(ValueError):
@@ -475,7 +358,133 @@ def direct(model, codec, examples, **how):
 
 
 # ---------------------------------------------------------------------------------------------
-# The sampler's table: where keys and values are, and the two kinds of forwards
+# Text and images <-> tensors
+
+
+class Codec:
+    """Encodes text and images for one model, and decodes its tokens.
+
+    max_pixels: the budget *per image*, the whole image and each crop alike (paper: 2,097,152 in
+    training). Larger images are scaled down to it. Smaller ones are scaled up to the checkpoint's
+    own `shortest_edge` (an area, 65,536 px for Qwen3-VL), as the authors' loaders do in effect.
+    Raises InputError if the budget is smaller than one visual token.
+    """
+
+    def __init__(self, folder, model, max_pixels):
+        # Images: scaled to a number of pixels, cut into patches. (The PIL back end everywhere:
+        # torchvision resizes a little differently, and two machines would see different pixels.)
+        config = model.config
+        self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
+        self.merge = config.vision_config.spatial_merge_size
+        self.token_side = config.vision_config.patch_size * self.merge  # pixels of a visual token
+        self.size = pixel_limits(self.image_processor, self.token_side, max_pixels)
+        self.dtype = model.dtype
+
+        # Text. One token stands for an image; `encode` repeats it for each of its visual tokens.
+        self.tokenizer = tokenizer_of(folder)
+        self.stop_ids = stop_ids_of(model, self.tokenizer)
+        self.image_token_id = config.image_token_id
+        self.image_token = self.tokenizer.convert_ids_to_tokens(config.image_token_id)
+
+        # A policy can sample vision ids, which would break its next forward: they are banned when
+        # sampling, and in the scored distribution too (grpo.response_logprobs).
+        self.banned = torch.tensor([config.image_token_id, config.video_token_id,
+                                    config.vision_start_token_id, config.vision_end_token_id])
+
+        # Positions, by the library's own M-RoPE. (It reads the config only.)
+        self.rope_index = model.model.get_rope_index
+        self.max_positions = config.get_text_config().max_position_embeddings
+
+    def encode(self, text, images):
+        """One user turn of images, then text -> Prompt.
+
+        Raises InputError if the text contains the token that stands for an image.
+        """
+        if self.image_token in text:
+            raise InputError(f"a question contains {self.image_token}, which stands for an image: "
+                             f"{text[:80]!r}; remove it")
+
+        # Images become patches. In the text the token that stands for an image is repeated, once
+        # for each of its visual tokens.
+        vision = self.image_processor(images=images, size=self.size, return_tensors="pt")
+        counts = vision["image_grid_thw"].prod(dim=1) // self.merge**2          # (images,)
+        expanded, *pieces = self.render(text, len(images)).split(self.image_token)
+        for count, piece in zip(counts.tolist(), pieces):
+            expanded += self.image_token * count + piece
+        ids = torch.tensor(self.tokenizer(expanded, add_special_tokens=False)["input_ids"])  # (P,)
+
+        # M-RoPE. A text token advances all three axes together; inside an image height and width
+        # count on their own.
+        positions, _ = self.rope_index(
+            ids[None], mm_token_type_ids=(ids == self.image_token_id).int()[None],
+            image_grid_thw=vision["image_grid_thw"])                            # (3, 1, P)
+        return Prompt(ids, positions[:, 0], vision["pixel_values"].to(self.dtype),
+                      vision["image_grid_thw"])
+
+    def render(self, text, count):
+        """One user turn -> the chat template's text, with `count` image tokens before the words."""
+        content = [{"type": "image"}] * count + [{"type": "text", "text": text}]
+        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
+        return self.tokenizer.apply_chat_template(messages, tokenize=False,
+                                                  add_generation_prompt=True)
+
+    def decode(self, ids):
+        """Token ids -> text without special tokens."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def scaled(self, image):
+        """The image with the pixels that the model sees."""
+        height, width = smart_resize(
+            image.height, image.width, self.token_side, self.size["shortest_edge"],
+            self.size["longest_edge"])
+        return image.resize((width, height), Image.Resampling(self.image_processor.resample))
+
+
+# ---------------------------------------------------------------------------------------------
+# The sampler's table: a row's responses, where keys and values are, the two kinds of forwards
+
+# Prompt tokens in one forward at most (one prompt at least): bounds the memory it works in.
+PREFILL = 16_384
+
+# The columns that attention reads are rounded up to this. A GPU likes to see few shapes; on a CPU
+# every column costs.
+STRIDE = 256 if torch.cuda.is_available() else 16
+
+
+class InProgress:
+    """What a row in use holds: a prompt, and its G responses so far."""
+
+    def __init__(self, order, prompt, group):
+        self.order = order                   # groups come out in the order in which they were asked
+        self.prompt = prompt
+        self.P = len(prompt.ids)
+        self.start = prompt.positions.max().item() + 1  # position of every response's first token
+        self.responses = [[] for _ in range(group)]     # G lists of (token id, log-prob)
+        self.alive = set(range(group))       # the responses that have not ended
+        self.t = 0                           # tokens of each response that is alive
+
+        # (G,) the ids drawn last. Responses that have ended keep drawing, as a row is computed as a
+        # whole; what they draw is fed to the model, but not kept.
+        self.newest = []
+
+    def take(self, ids, logps, stops, max_tokens):
+        """Note one token of each response; those that end with it are no longer alive."""
+        self.newest = ids
+        self.t += 1
+        for g in sorted(self.alive):
+            self.responses[g].append((ids[g], logps[g]))
+            if ids[g] in stops or self.t == max_tokens:
+                self.alive.remove(g)
+
+    def as_group(self, codec):
+        """The finished row as a Group."""
+        completions = []
+        for response in self.responses:
+            ids, logps = zip(*response)
+            ids, logps = torch.tensor(ids), torch.tensor(logps)                 # (R,) each
+            ended = torch.isin(ids[-1], codec.stop_ids).item()
+            completions.append(Completion(ids, logps, ended, codec.decode(ids)))
+        return Group(self.prompt, completions)
 
 
 class Table:
