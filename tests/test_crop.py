@@ -86,21 +86,27 @@ def test_hostile_text_never_raises_and_boxes_stay_inside():
             assert 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]
 
 
+def fastest(text):
+    """Processor seconds to read a text: the best of three, as the machine may be busy."""
+    seconds = []
+    for _ in range(3):
+        begin = time.process_time()
+        parse_boxes(text)
+        seconds.append(time.process_time() - begin)
+    return min(seconds)
+
+
 @pytest.mark.parametrize("start", ["", '{"', '{"box": [', '[{"bbox_2d": [1, 2, 3, 4], "label": "'])
-def test_100_kilobytes_of_anything_take_less_than_a_tenth_of_a_second(start):
+def test_time_is_linear_in_the_text_whatever_it_is(start):
     """Nesting, quotes, backslashes: whatever a model may repeat until its token limit."""
     units = ["{", "}", "[{", "[", "[]", "[ ", '{"', "{'", '"', "'", "\\", '\\"', '{\\"', "{ ",
              "{\n", '{"a', '{"a":', "{'a':", '{"box":', "{'box':[", '{"box": 1, ', "9", "1e", " ",
              "<", "é"]
     for unit in units:
+        # 16 times the text takes at most 40 times as long; what is quadratic would take 256.
         text = (start + unit * 100_000)[:100_000]
-        for _ in range(10):                      # one of ten is enough: the machine may be busy
-            begin = time.process_time()
-            parse_boxes(text)
-            seconds = time.process_time() - begin
-            if seconds < 0.1:
-                break
-        assert seconds < 0.1, unit
+        short, long = fastest(text[:6_250]), fastest(text)
+        assert long < 40 * short + 0.02, (unit, short, long)
 
 
 def test_pixels_on_a_wide_image():
