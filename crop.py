@@ -24,7 +24,7 @@ MAX_CROPS = 3          # every box is drawn, only the first three are cropped (p
 PAD_SHARE = 0.10       # a crop grows by 10 % of the image's size on each side ...
 PAD_PIXELS = 600       # ... but by at most this many pixels (paper)
 MAX_IOU = 0.5          # two boxes that overlap more than this void a rollout (paper)
-WHOLE = 0.9            # a box of at least this share of the image points at nothing
+WHOLE = 0.9            # a box of at least this share counts as the whole image (a metric only)
 MAX_RATIO = 200        # longest side by shortest that Qwen's image processor accepts
 PLACEHOLDER = "what is inside"  # the label of the example in the Perceiver's prompt
 COLOURS = {            # one per box, red first, then round again
@@ -165,7 +165,7 @@ def padded(rect, size):
     Where that is less than a 200th of the other side (MAX_RATIO) it is a little more, or a crop
     along an edge would be thinner than the image processor accepts.
     """
-    # Each side of the image has its own margin, and the crop stays inside the image.
+    # Each axis has its own margin, and the crop stays inside the image.
     width, height = size
     pad_x = max(min(int(width * PAD_SHARE), PAD_PIXELS), math.ceil(height / MAX_RATIO))
     pad_y = max(min(int(height * PAD_SHARE), PAD_PIXELS), math.ceil(width / MAX_RATIO))

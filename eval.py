@@ -1,12 +1,12 @@
 """What an example is, what counts as correct, how a model is asked, and accuracy.
 
-    python eval.py --model M --data SPEC --mode p2r     # or think, or direct: a benchmark's table
+    python eval.py --model M --data SPEC    # a benchmark's table; --mode p2r, think, direct, oracle
     python eval.py --model M --image photo.jpg --question "What is written on the red sign?"
 
-The reward of training *is* the check of evaluation: both call `grade`. After the line that says
-"skip on a first reading" follow: how a model is asked, in evaluation; how a letter, a number and
-words are read; data files; the papers' tables, and where our protocol differs from the authors';
-the command line.
+The reward of training *is* the check of evaluation: both call `grade`. (The one difference, for a
+frozen Reasoner that forgot its tags, is at `score`.) After the line that says "skip on a first
+reading" follow: how a model is asked, in evaluation; how a letter, a number and words are read;
+data files; the papers' tables, and where our protocol differs from the authors'; the command line.
 """
 
 # Ctrl-C while torch is imported would print a traceback. The program's own handlers come later.

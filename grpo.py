@@ -141,8 +141,9 @@ def response_logprobs(model, row, banned, chunk=512):
     banned: ids that cannot be sampled; they are left out here, too, so both distributions agree.
     Returns logp (T,) float32 with gradient, and entropy (T,) without.
     """
-    # One forward over the whole row. (With positions, a layout and pixels of our own, the library
-    # needs to derive nothing.) What is kept are the places that predict a response token.
+    # One forward over the whole row. The layout goes in the place of a mask: it reaches
+    # rollout.shared_prefix_attention untouched. What is kept are the places that predict a response
+    # token.
     hidden = model.model(
         input_ids=row.ids, position_ids=row.positions, attention_mask=row.layout,
         pixel_values=row.pixels, image_grid_thw=row.grids, use_cache=False).last_hidden_state
@@ -178,15 +179,15 @@ def update_batch(policy, reference, optimizer, groups, *, banned, kl, clip, max_
 
     groups: list of rollout.Group, with their .advantages; groups may differ in size.
     updates: optimizer steps on this batch; 1 in the paper, so that the ratio is always 1.
-    Returns a dict. Averages over the response tokens, of the last of these steps:
+    Returns a dict. Of the last of these steps, all but the norm averages over response tokens:
         loss           at ratio 1 the advantages of a group nearly cancel: no measure of progress
         kl, entropy    nats a token; see `k3` for what `kl` reads in bf16
         clip_fraction  share of tokens whose ratio was outside the clip; 0 with `updates` = 1
         grad_norm      before it is scaled down
-    and of the first one:
+    Of the first one:
         sampler_gap    mean |log-prob when sampled - log-prob now|: rounding, unless there is a bug
-    and nonfinite: the groups whose loss was not finite (all if only the gradient's norm was not).
-    If there is any, this step updated nothing, and no other follows.
+    And nonfinite: the groups whose loss was not finite (all if only the gradient's norm was not).
+    If there is any, the last of these steps updated nothing, and no other followed.
     """
     # Fixed before the loop: see grpo_loss.
     tokens = sum(len(c.ids) for group in groups for c in group.completions)
@@ -222,6 +223,10 @@ def update_batch(policy, reference, optimizer, groups, *, banned, kl, clip, max_
             if not loss.isfinite():
                 nonfinite.append(group)
                 continue
+
+            # The optimizer takes each gradient over as soon as it is complete: added to a float32
+            # sum, and freed. `step` scales the sum down to max_norm, lets AdamW update the float32
+            # masters, rounds those into the weights, and begins a new sum.
             loss.backward()
 
             metrics["loss"] += loss.item()

@@ -64,8 +64,9 @@ from rollout import (PREFILL, REGIONS, STRIDE, TEXT_TOKENS, Completion, InputErr
 # Settings
 
 
-# The phases that a schedule repeats. Each begins with a new frozen copy and fresh moments, and has
-# --steps steps. The paper's schedule is `alternate`; the others are for comparing with it.
+# The phases that a schedule repeats, --steps steps each. The paper's schedule is `alternate`; the
+# others are for comparing with it. (They have two phases, too, so that they make as many updates
+# and renew the frozen copy as often; `think` is one launch, as the authors' baseline is.)
 SCHEDULES = {
     "alternate": ("perception", "reasoning"),
     "joint": ("joint", "joint"),                # every update trains both roles
@@ -312,7 +313,10 @@ def train(s, run):
     examples, held_out, policy, codec, judge = prepare(s)
     players = Players(policy, frozen=None, codec=codec, judge=judge)
     optimizer = grpo.MasterAdamW(policy, s.lr, weight_decay=s.weight_decay, offload=s.offload)
-    run.begin(players, optimizer)  # on resume: policy, frozen copy, optimizer and step are restored
+
+    # A resumed run takes masters, moments, frozen copy and step number from its newest checkpoint.
+    # All else that a step needs follows from the settings and the step.
+    run.begin(players, optimizer)
 
     for step in range(run.step, s.total):
         phase = s.phase_of(step)

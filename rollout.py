@@ -3,8 +3,9 @@
     Perceiver: whole image + question                 -> JSON list of boxes
     Reasoner:  annotated image + crops + question     -> <think>..</think><answer>..</answer>
 
-What the trainer needs later leaves this module as token ids and log-probs, so what is trained is
-exactly what was sampled. Text exists only for parsing and for rewards.
+What the trainer needs later leaves this module as token ids, so what is trained is exactly what was
+sampled; log-probs come along, so that the trainer's can be compared with them. Text exists only for
+parsing and for rewards.
 
 Shapes, here and in grpo.py: Q questions, G samples a group, P prompt tokens, R response tokens,
 V vocabulary; here also n, the rows of the sampler's table that are in use.
@@ -163,8 +164,12 @@ class Group:
 # alone: the prompt, and of the columns c after it its own, where (c - P) % G == g. Nothing is
 # padded on the left, and prompts of any length, each at a t of its own, share one decode step.
 #
-# When all responses of a row have ended, the row is harvested and the next prompt moves in. So a
-# long response holds up its own row only, and the number of decode steps is close to
+# (A column is only a place to keep things. The position that a token is told, for M-RoPE, counts on
+# from the prompt, as if each response were the only one.)
+#
+# A row is computed as a whole, so a response that has ended keeps drawing until the last one of its
+# row has; what it draws is thrown away. Then the row is harvested, and the next prompt moves in. So
+# a long response holds up its own row only, and the number of decode steps is close to
 # (sum over prompts of the longest response) / rows.
 #
 # Below the skip line: `InProgress` is a row's prompt and responses, `Table` its keys and values;
@@ -176,7 +181,7 @@ def sample(model, codec, prompts, *, group=1, greedy=False, max_tokens, rows, ge
            penalty=1.0):
     """Sample `group` completions for every prompt. Yields one Group per prompt, in order.
 
-    prompts: any iterable; a prompt is read when a row is free for it. rows: rows of the table.
+    prompts: any iterable; one is taken whenever a row is free. rows: rows of the table.
     greedy=False is the pure distribution: temperature 1, no top-k, no top-p. It is also what the
     loss scores, so the log-probs of the two agree (metric `sampler_gap`). penalty: evaluation's
     repetition penalty, see `penalised`; training has none.
@@ -206,7 +211,7 @@ def sample(model, codec, prompts, *, group=1, greedy=False, max_tokens, rows, ge
             if not active:
                 return
 
-            # 2. Every response draws a token, but not from what is no distribution.
+            # 2. Every response draws a token, unless the logits are damaged.
             if logits.isnan().any():
                 raise NotANumber("the model's output is not a number for one of these prompts: its "
                                  "weights are damaged, or an image overflows its number format")
@@ -256,6 +261,9 @@ def shared_prefix_attention(query, key, value, lengths, scaling):
     query: (B, heads, L, d); key, value: (B, KV heads, L, d). lengths: P, R1 .. RG of a prompt and
     its responses, which follow each other along L. (B is 1, but prefill has prompts alone, in
     batches.) Returns (B, heads, L, d).
+
+    The library calls it in every layer: `load` registers it (through `group_attention`) as its
+    attention, and the lengths come where a mask would, as `attention_mask` of the model's forward.
     """
     # A dense (L, L) mask says the same, but takes 0.6 GB at L = 25,000 and keeps PyTorch off its
     # flash kernel.
@@ -281,6 +289,7 @@ def perceive(model, codec, examples, **how):
     `how` goes to `sample`. Used in training, where one role is sampled and the other is greedy,
     and in evaluation.
     """
+    # (`prefetch` makes a few prompts ahead, in threads, while the model is busy.)
     def prompt(example):
         return perceiver_prompt(codec, example.load_image(), example.question)
 

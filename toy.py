@@ -10,8 +10,8 @@ What a big model brings from pre-training, the *warm start* in assets/toy/ bring
 trained with supervision, once (tests/build_toy.py), to write the output formats, to point and to
 read, and to do both badly: it boxes the topmost thing, whatever was asked, in most cases, and it
 takes most downhill stripes for uphill ones. Each role has something to unlearn. That is left to
-reinforcement learning, from final answers alone: the training code never sees a box label, and its
-scenes are not those of the warm start.
+reinforcement learning, from final answers alone: training never uses the true boxes, and its scenes
+are not those of the warm start.
 
 `defaults()` is all that p2r_min.py knows of this file: paths of an ordinary Hugging Face folder
 and of ordinary JSONL folders, and settings of the right size. All the rest is the real code.
