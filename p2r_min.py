@@ -265,7 +265,8 @@ def reasoning(players, questions, s, generator):
     return Experience(groups, len(questions), seconds)
 
 
-# The other schedules' phases, `joint` and `thinking`, are added after the skip line.
+# The other schedules' phases, `joint` and `thinking`, are added after the skip line. (A phase may be
+# asked no questions and return no groups; Experiences add up; an update needs one group at least.)
 PHASES = {"perception": perception, "reasoning": reasoning}
 
 
