@@ -53,8 +53,8 @@ import toy
 from crop import COLOURS, MAX_CROPS, MAX_RATIO, Box, gather, picture, to_rect, to_rgb
 from rollout import FORMS, REGIONS, InputError, cached, direct, find, load, perceive, reason
 
-# No benchmark gives more than six options.
-LETTERS = "ABCDEF"
+HERE = Path(__file__).parent
+LETTERS = "ABCDEF"  # no benchmark gives more than six options
 
 
 @dataclass(frozen=True)
@@ -647,10 +647,10 @@ def load_data(spec, images=None, skip_bad=False, flag="--data"):
     columns = "; columns " + ", ".join(renamed) if renamed else ""
     print(f"read {len(examples):,} examples from {spec}: {forms}{columns}")
     if reread:
-        print(f"{len(reread):,} answers of form na are not one number, such as {reread[0]!r}: they "
-              f"are compared as free-form")
+        print(f"answers of form na that are not one number: {len(reread):,}, such as {reread[0]!r}; "
+              f"they are compared as free-form")
     if bad:
-        print(f"skipped {len(bad):,} bad rows; the first is {bad[0]}")
+        print(f"bad rows skipped: {len(bad):,}; the first is {bad[0]}")
     return examples
 
 
@@ -1080,7 +1080,7 @@ def published_table(categories, spec):
 
     The entry's mark ("4k", "lite") must be part of SPEC; of two marks the one that it holds last.
     """
-    file = Path(__file__).parent / "assets" / "published.json"
+    file = HERE / "assets" / "published.json"
     # Categories alone don't tell 4K from 8K, nor the full MME-RealWorld from its Lite.
     best, found = -1, (None, None)
     for title, entry in json.loads(file.read_text()).items():
@@ -1314,6 +1314,20 @@ def earlier_records(out, config, examples):
     return records
 
 
+def versions(task):
+    """What results depend on besides settings, as a dict: this code, and the model's weights."""
+    # A fork that changes a prompt must not be shown the results of before, nor a run that was
+    # trained on and has new weights in the same folder.
+    code, weights = hashlib.sha256(), hashlib.sha256()
+    for file in sorted(HERE.glob("*.py")):
+        code.update(file.read_bytes())
+    for file in sorted(find(task.model).glob("*.safetensors")):
+        state = file.stat()
+        weights.update(f"{file.name} {state.st_size} {state.st_mtime_ns}".encode())
+    return {"version_of_code": code.hexdigest()[:12],
+            "version_of_weights": weights.hexdigest()[:12]}
+
+
 def run_data(task, protocol):
     """Every question of a data set -> results.jsonl, pictures, the table. A killed run goes on."""
     examples = load_data(task.data, task.images, task.skip_bad)
@@ -1327,7 +1341,7 @@ def run_data(task, protocol):
     out.mkdir(parents=True, exist_ok=True)
     held = lock(out / "lock")  # two processes would write every record twice
     config = {"model": task.model, "data": task.data, "judge": task.judge}
-    config = config | dataclasses.asdict(protocol)
+    config = config | dataclasses.asdict(protocol) | versions(task)
     records = earlier_records(out, config, examples)
 
     # Go on after whole chunks only: in bf16 an answer may depend on who shares its batch.

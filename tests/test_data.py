@@ -114,7 +114,7 @@ def test_a_bad_line_is_named_or_skipped_and_counted(tmp_path, row, needles, caps
     assert all(needle in str(error.value) for needle in [str(file), *needles])
     assert "\n" not in str(error.value)
     assert [e.id for e in load_data(file, skip_bad=True)] == ["1", "3"]
-    assert "skipped 1 bad rows" in capsys.readouterr().out
+    assert "bad rows skipped: 1" in capsys.readouterr().out
 
 
 def test_a_line_that_is_not_utf_8_is_named(tmp_path):
@@ -164,7 +164,7 @@ def test_numbers_that_no_rule_reads_become_free_form_with_a_note(tmp_path, capsy
     rows = [{**GOOD, "answer_form": "na", "answer": answer} for answer in ("12:30", "3-4", "many", "3\u00bd", "one hundred", 7, 2.5)]
     forms = {e.answer: e.answer_form for e in load_data(write(tmp_path, *rows))}
     assert forms == {"12:30": "free_form", "3-4": "free_form", "many": "free_form", "3\u00bd": "na", "one hundred": "na", "7": "na", "2.5": "na"}
-    assert "3 answers of form na are not one number, such as '12:30'" in capsys.readouterr().out
+    assert "answers of form na that are not one number: 3, such as '12:30'" in capsys.readouterr().out
 
 
 def test_a_letter_that_is_no_options_letter(tmp_path):

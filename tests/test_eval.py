@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -240,6 +241,24 @@ def test_a_killed_run_goes_on_where_it_stopped(folder, data, tmp_path, monkeypat
     data.write_text(data.read_text().replace("down", "up"))                        # nor the same questions
     assert main(flags(folder, data, tmp_path / "cut")) == 2
     assert "the questions are not the same" in capsys.readouterr().err
+
+
+def test_results_of_other_code_or_other_weights_are_not_taken_for_these(folder, data, tmp_path, monkeypatch, capsys):
+    model = shutil.copytree(folder, tmp_path / "model")
+    code = tmp_path / "code" / "rollout.py"
+    code.parent.mkdir()
+    code.write_text("PERCEIVER = 1\n")
+    monkeypatch.setattr(evaluation, "HERE", code.parent)
+    asked = flags(model, data, tmp_path / "out", "--limit", "1", "--mode", "direct", "--pictures", "0")
+    monkeypatch.setattr(evaluation, "print_benchmark", lambda *a: None)
+    assert main(asked) == 0 and main(asked) == 0
+
+    code.write_text("PERCEIVER = 2\n")
+    assert main(asked) == 2 and "version_of_code" in capsys.readouterr().err
+    code.write_text("PERCEIVER = 1\n")
+    assert main(asked) == 0
+    os.utime(next(model.glob("*.safetensors")), ns=(1, 1))
+    assert main(asked) == 2 and "version_of_weights" in capsys.readouterr().err
 
 
 def test_an_error_leaves_nothing_in_the_way(folder, data, tmp_path, capsys):
