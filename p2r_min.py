@@ -755,20 +755,18 @@ class Run:
         self.lock = evaluation.lock(self.folder / "lock")  # two runs would spoil each other's logs
 
         # What the next step depends on is in the newest checkpoint.
-        if self.resumed and self.checkpoints():
-            newest = self.checkpoints()[-1]
-            restore(players, optimizer, newest)
-            self.step = int(newest.name[5:])
+        saved = checkpoints_of(self.folder)
+        if self.resumed and saved:
+            restore(players, optimizer, saved[-1])
+            self.step = int(saved[-1].name[5:])
         if self.step > self.s.total:
             raise InputError(f"{self.folder} has done {self.step} steps, but these settings make "
                              f"{self.s.total}: give more --steps or --iterations")
 
         # Both logs end where the run goes on: what comes now is written again.
         self.players, self.optimizer = players, optimizer
-        for log in (self.folder / "metrics.jsonl", self.folder / "accuracy.jsonl"):
-            rows = [row for row in read_jsonl(log) if row["step"] <= self.step]
-            write_whole(log, "".join(json.dumps(row) + "\n" for row in rows))
-        for row in read_jsonl(self.folder / "accuracy.jsonl"):
+        cut_back(self.folder / "metrics.jsonl", self.step)
+        for row in cut_back(self.folder / "accuracy.jsonl", self.step):
             self.accuracy[row["step"]] = row
         if self.step < self.s.total:  # else it tells of steps that were made with other settings
             config = json.dumps(dataclasses.asdict(self.s), indent=2)
@@ -801,38 +799,16 @@ class Run:
             raise SystemExit(128 + self.interrupt)
 
     def save(self):
-        """All that the next step depends on. Raises InputError for weights that are not finite."""
-        # A policy that is not a number would go on as one for ever.
-        tensors = grpo.optimizer_state(self.optimizer)
-        tensors["frozen"] = kept_of(self.players.frozen, self.optimizer)
-        for name, master in tensors["masters"].items():
-            if not master.isfinite().all():
-                raise InputError(f"{name} is not finite after step {self.step}: not saved; resume "
-                                 f"with a lower --lr")
-
-        # The newest two stay: should one turn out unreadable, the other is there.
-        with written(self.folder / "checkpoints" / f"step-{self.step:05d}") as new:
-            new.mkdir(parents=True)
-            for name, group in tensors.items():
-                save_file(group, new / f"{name}.safetensors")
-        for old in self.checkpoints()[:-2]:
+        """A checkpoint. The newest two stay: should one be unreadable, the other is there."""
+        save_checkpoint(self.players, self.optimizer, self.step, self.folder)
+        for old in checkpoints_of(self.folder)[:-2]:
             shutil.rmtree(old)
 
-    def checkpoints(self):
-        """This run's checkpoints, oldest first. Whatever else lies there is not ours."""
-        found = (self.folder / "checkpoints").glob("step-*")
-        ours = [path for path in found if re.fullmatch(r"step-\d{5,}", path.name)]
-        return sorted(ours, key=lambda path: int(path.name[5:]))
-
     def save_model(self, name):
-        """The policy as a bf16 model folder, with the budgets that eval.py takes over."""
-        # A model is best asked as it was trained.
-        shared = ("max_pixels", "perceive_tokens", "reason_tokens", "evidence")
-        budgets = {setting: getattr(self.s, setting) for setting in shared}
+        """The policy as a bf16 model folder."""
         (self.folder / "phases").mkdir(exist_ok=True)
         with written(self.folder / name) as new:
-            write_model(self.players.policy, new)
-            (new / "p2r.json").write_text(json.dumps(budgets))
+            write_model(self.players.policy, self.s, new)
 
     def __enter__(self):
         return self
@@ -852,8 +828,7 @@ class Run:
                 self.save()
                 raise InputError(f"{error}; saved, {again}") from error
             if isinstance(error, (OSError, SafetensorError)):
-                raise InputError(f"cannot read or write: {error}; mend it, then {again}"
-                                 ) from error
+                raise InputError(f"cannot read or write: {error}; mend it; {again}") from error
             if isinstance(error, (SystemExit, KeyboardInterrupt)):
                 print(f"stopped after step {self.step}; {again}")
 
@@ -898,6 +873,29 @@ class Ticker:
             self.bar.close()
 
 
+def checkpoints_of(folder):
+    """A run's checkpoints, oldest first. Whatever else lies there is not ours."""
+    found = (folder / "checkpoints").glob("step-*")
+    ours = [path for path in found if re.fullmatch(r"step-\d{5,}", path.name)]
+    return sorted(ours, key=lambda path: int(path.name[5:]))
+
+
+def save_checkpoint(players, optimizer, step, folder):
+    """All that the next step depends on. Raises InputError for weights that are not finite."""
+    # A policy that is not a number would go on as one for ever.
+    tensors = grpo.optimizer_state(optimizer)
+    tensors["frozen"] = kept_of(players.frozen, optimizer)
+    for name, master in tensors["masters"].items():
+        if not master.isfinite().all():
+            raise InputError(f"{name} is not finite after step {step}: not saved; resume with a "
+                             f"lower --lr")
+
+    with written(folder / "checkpoints" / f"step-{step:05d}") as new:
+        new.mkdir(parents=True)
+        for name, group in tensors.items():
+            save_file(group, new / f"{name}.safetensors")
+
+
 def restore(players, optimizer, checkpoint):
     """Take players and optimizer back to a checkpoint. Raises InputError if it cannot be read."""
     # (If a phase begins there, it makes its own frozen copy.)
@@ -921,14 +919,19 @@ def kept_of(frozen, optimizer):
     return {name: frozen.get_parameter(name) for name in optimizer.names}
 
 
-def write_model(policy, folder):
-    """An ordinary model folder: bf16 weights, and every other file of the folder that the policy
-    was loaded from."""
+def write_model(policy, s, folder):
+    """An ordinary model folder: bf16 weights, every other file of the folder that the policy was
+    loaded from, and the budgets of training, which eval.py takes over."""
     # Tokenizer, image processor and configuration come along; weights of any format do not.
     others = (".*", "*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5")
     ignore = shutil.ignore_patterns(*others)
     shutil.copytree(policy.name_or_path, folder, ignore=ignore)
     save_file(weights_of(policy), folder / "model.safetensors", metadata={"format": "pt"})
+
+    # A model is best asked as it was trained.
+    shared = ("max_pixels", "perceive_tokens", "reason_tokens", "evidence")
+    budgets = {setting: getattr(s, setting) for setting in shared}
+    (folder / "p2r.json").write_text(json.dumps(budgets))
 
 
 def weights_of(policy):
@@ -1038,6 +1041,13 @@ def read_jsonl(path):
     """The rows of a log; a last line that a kill left half is no row."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def cut_back(log, step):
+    """Leave the rows of a log up to this step, and return them."""
+    rows = [row for row in read_jsonl(log) if row["step"] <= step]
+    write_whole(log, "".join(json.dumps(row) + "\n" for row in rows))
+    return rows
 
 
 def peak_gib():
