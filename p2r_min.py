@@ -265,8 +265,8 @@ def reasoning(players, questions, s, generator):
     return Experience(groups, len(questions), seconds)
 
 
-# The other schedules' phases, `joint` and `thinking`, are added after the skip line. (A phase may be
-# asked no questions and return no groups; Experiences add up; an update needs one group at least.)
+# The other schedules' phases, `joint` and `thinking`, are added after the skip line. (A phase may
+# be asked no questions, and may return fewer groups or more; an update needs one at least.)
 PHASES = {"perception": perception, "reasoning": reasoning}
 
 
@@ -739,29 +739,23 @@ class Run:
 
     def __init__(self, s, resumed):
         self.s, self.resumed = s, resumed
-        self.folder = Path(s.out or next_free_folder(s.model))  # (known to be free in `begin` only)
         self.step, self.accuracy = 0, {}      # steps done; step -> eval.evaluate's dict
         self.interrupt = None                 # number of the signal that asked to stop
         self.players = self.optimizer = None  # what a checkpoint is made of, once the run has begun
         self.lock, self.handlers, self.ticker = None, {}, Ticker(s)
-        if s.out and not resumed and in_use(self.folder):
+        if s.out and not resumed and in_use(Path(s.out)):
             raise InputError(f"--out {s.out} is not empty: choose another, or --resume {s.out}")
 
     def begin(self, players, optimizer):
         """Make the folder, or take players and optimizer back to its newest checkpoint."""
-        if not self.s.out:
-            self.folder = Path(next_free_folder(self.s.model))
+        self.folder = Path(self.s.out or next_free_folder(self.s.model))
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = evaluation.lock(self.folder / "lock")  # two runs would spoil each other's logs
 
         # What the next step depends on is in the newest checkpoint.
         saved = checkpoints_of(self.folder)
         if self.resumed and saved:
-            restore(players, optimizer, saved[-1])
-            self.step = int(saved[-1].name[5:])
-        if self.step > self.s.total:
-            raise InputError(f"{self.folder} has done {self.step} steps, but these settings make "
-                             f"{self.s.total}: give more --steps or --iterations")
+            self.step = restore(players, optimizer, saved[-1], self.s.total)
 
         # Both logs end where the run goes on: what comes now is written again.
         self.players, self.optimizer = players, optimizer
@@ -769,8 +763,7 @@ class Run:
         for row in cut_back(self.folder / "accuracy.jsonl", self.step):
             self.accuracy[row["step"]] = row
         if self.step < self.s.total:  # else it tells of steps that were made with other settings
-            config = json.dumps(dataclasses.asdict(self.s), indent=2)
-            write_whole(self.folder / "config.json", config)
+            write_whole(self.folder / "config.json", json.dumps(vars(self.s), indent=2))
         for number in evaluation.ending_signals():
             self.handlers[number] = signal.signal(number, self.save_on_interrupt)
 
@@ -896,8 +889,16 @@ def save_checkpoint(players, optimizer, step, folder):
             save_file(group, new / f"{name}.safetensors")
 
 
-def restore(players, optimizer, checkpoint):
-    """Take players and optimizer back to a checkpoint. Raises InputError if it cannot be read."""
+def restore(players, optimizer, checkpoint, total):
+    """Take players and optimizer back to a checkpoint. Returns the steps that were done by then.
+
+    Raises InputError if it cannot be read, or if these are more than the `total` of this run.
+    """
+    step = int(checkpoint.name[5:])
+    if step > total:
+        raise InputError(f"{checkpoint.parents[1]} has done {step} steps, but these settings make "
+                         f"{total}: give more --steps or --iterations")
+
     # (If a phase begins there, it makes its own frozen copy.)
     try:
         grpo.load_optimizer(optimizer, checkpoint)
@@ -907,6 +908,7 @@ def restore(players, optimizer, checkpoint):
     except (OSError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{checkpoint} cannot be read ({error}): move it away to go on from the "
                          f"checkpoint before it") from error
+    return step
 
 
 def stop_at_once(number, frame):
