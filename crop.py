@@ -152,10 +152,10 @@ def to_rect(box, size):
     """
     # Floor on one side, ceiling on the other; a box without a whole pixel is given one.
     width, height = size
-    left = min(int(box.x1 / 1000 * width), width - 1)
-    top = min(int(box.y1 / 1000 * height), height - 1)
-    right = min(max(math.ceil(box.x2 / 1000 * width), left + 1), width)
-    bottom = min(max(math.ceil(box.y2 / 1000 * height), top + 1), height)
+    left = min(int(box.x1 * width / 1000), width - 1)
+    top = min(int(box.y1 * height / 1000), height - 1)
+    right = min(max(math.ceil(box.x2 * width / 1000), left + 1), width)
+    bottom = min(max(math.ceil(box.y2 * height / 1000), top + 1), height)
     return left, top, right, bottom
 
 

@@ -51,7 +51,8 @@ from tqdm import tqdm
 
 import toy
 from crop import COLOURS, MAX_CROPS, MAX_RATIO, Box, gather, picture, to_rect, to_rgb
-from rollout import FORMS, REGIONS, InputError, cached, direct, find, load, perceive, reason
+from rollout import (DATA_FILES, FORMS, REGIONS, InputError, cached, direct, find, load, perceive,
+                     reason)
 
 HERE = Path(__file__).parent
 LETTERS = "ABCDEF"  # no benchmark gives more than six options
@@ -355,7 +356,8 @@ def option_letter(text, options=()):
     named = set()
     for letter, words in sorted(texts.items(), key=lambda pair: -len(pair[1])):
         core = without_article(words)
-        if words and words.upper() not in LETTERS and list(texts.values()).count(words) == 1:
+        own_letter = len(words) == 1 and words.upper() in LETTERS
+        if words and not own_letter and list(texts.values()).count(words) == 1:
             phrase = r"\W+".join(re.escape(word) for word in core.split())
             if core != words:
                 phrase = rf"(?:{words.split()[0]}\W+)?{phrase}"
@@ -448,9 +450,10 @@ def same_number(answer, truth):
         pairs.append((x / 100, y))
     if y_percent and not x_percent:
         pairs.append((x, y / 100))
-    for x, y in pairs:
-        whole = x.denominator == y.denominator == 1
-        if x == y or (not whole and abs(x - y) <= abs(y) / 10**6):
+    for value, true_value in pairs:
+        whole = value.denominator == true_value.denominator == 1
+        close = abs(value - true_value) <= abs(true_value) / 10**6
+        if value == true_value or (close and not whole):
             return True
     return False
 
@@ -588,8 +591,6 @@ def need(fine, problem):
 # ---------------------------------------------------------------------------------------------
 # Data files. SPEC is a file, a folder that holds one, or a hub id (owner/name, owner/name/file).
 
-SUFFIXES = (".jsonl", ".json", ".tsv", ".csv", ".parquet")
-
 # A field of Example: the columns it is read from. The first that a row has wins, so our own names
 # come before those of the data sets that are known.
 COLUMNS = {
@@ -647,8 +648,8 @@ def load_data(spec, images=None, skip_bad=False, flag="--data"):
     columns = "; columns " + ", ".join(renamed) if renamed else ""
     print(f"read {len(examples):,} examples from {spec}: {forms}{columns}")
     if reread:
-        print(f"answers of form na that are not one number: {len(reread):,}, such as {reread[0]!r}; "
-              f"they are compared as free-form")
+        print(f"answers of form na that are not one number: {len(reread):,}, such as "
+              f"{reread[0]!r}; they are compared as free-form")
     if bad:
         print(f"bad rows skipped: {len(bad):,}; the first is {bad[0]}")
     return examples
@@ -659,14 +660,14 @@ def data_files(spec, flag="--data"):
     # Hidden folders are left out: version control and caches keep JSON of their own.
     path = find(spec, flag, "dataset")
     files = [path] if path.is_file() else sorted(path.rglob("*"))
-    files = [file for file in files if file.suffix in SUFFIXES]
+    files = [file for file in files if file.suffix in DATA_FILES]
     if path.is_dir():
         files = [file for file in files if not file.relative_to(path).parts[0].startswith(".")]
 
     # Beside a data.jsonl other names (annotations among the images, say) don't count.
     if path / "data.jsonl" in files:
         files = [file for file in files if file.with_suffix("") == path / "data"]
-    need(files, f"{flag} {spec}: there is no {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file")
+    need(files, f"{flag} {spec}: there is no file that ends in {', '.join(DATA_FILES)}")
 
     # One set in two formats would be read twice, and halve the error bar.
     sets = {re.sub(r"-\d+-of-\d+(?=\.\w+$)", "", str(file)) for file in files}
@@ -812,8 +813,8 @@ def to_example(row, number, used):
     question, options = question_and_options(row, fields)
     lettered = [f"{letter}. {option}" for letter, option in zip(LETTERS, options)]
     question = "\n".join([question, *lettered])
-    control = re.search(r"<\|\w+\|>", question)
-    need(not control, f"the field 'question' holds {control and control[0]}: remove it")
+    controls = re.findall(r"<\|\w+\|>", question)
+    need(not controls, f"the field 'question' holds {' and '.join(controls)}: remove it")
 
     # 3. The answer, in a form that its text can have. A lone letter without options is an option's
     #    letter whose options were not found, unless the row says that it is not.
@@ -901,8 +902,9 @@ def question_and_options(row, fields):
     need("".join(letters) == LETTERS[:len(letters)],
          f"the options {', '.join(letters)} are given, but not those between them")
     options = [row[letter] for letter in letters] or as_list(fields.get("options", []), "options")
-    if not options:
-        question, options = split_options(question)
+    rest, written = split_options(question)
+    if not options or len(options) == len(written):  # as a column and in the question: once
+        question, options = rest, options or written
     question = clean_question(question)
     need(question, "the field 'question' is empty")
     need(len(options) <= len(LETTERS), f"the field 'options' holds more than {len(LETTERS)}")
@@ -965,7 +967,8 @@ def image_problem(path, fully=False):
 # What data sets add to a question to say how to answer, not what is asked. It contradicts our
 # prompts. Matched against whole sentences, and narrow: a question must never be lost to it.
 INSTRUCTION = re.compile(r"""
-      .*(<think>|<answer>|<tool_call>|\\boxed|_tool\b|reasoning\ process|step\ by\ step).*
+      .*(<think>|<answer>|<tool_call>|\\boxed|_tool\b|reasoning\ process).*
+    | (.*\b)?(think|reason|explain|answer|solve|work|proceed)\b.*\bstep\ by\ step\b.*
     | (hint:\ )?(please\ |just\ |only\ |directly\ )*(answer|respond|reply|output)\b
           .*\b(letter|option|options|choice|choices|word|phrase|directly|short|nothing|question)\b.*
     | (please\ |only\ )*(select|choose|pick)\ (the|an?)\ ((best|correct|right|most\ appropriate)\ )?
@@ -1314,6 +1317,19 @@ def earlier_records(out, config, examples):
     return records
 
 
+def default_folder(task, protocol):
+    """The folder of results: one for each model, data set, mode and limit."""
+    # Every training run has a `final`, and its own phases.
+    model = Path(task.model)
+    name = model.name
+    if name == "final":
+        name = f"{model.parent.name}-final"
+    elif model.parent.name == "phases":
+        name = f"{model.parents[1].name}-{name}"
+    limit = f"-{task.limit}" if task.limit else ""
+    return f"runs/eval-{name}-{Path(task.data).stem}-{protocol.mode}{limit}"
+
+
 def versions(task):
     """What results depend on besides settings, as a dict: this code, and the model's weights."""
     # A fork that changes a prompt must not be shown the results of before, nor a run that was
@@ -1336,8 +1352,15 @@ def run_data(task, protocol):
         examples.sort(key=lambda example: random.Random(example.id + example.question).random())
         examples = examples[:task.limit]
 
-    default = f"runs/eval-{Path(task.model).name}-{Path(task.data).stem}-{protocol.mode}"
-    out = Path(task.out or default)
+    # True boxes can only be shown where there are any.
+    if protocol.mode == "oracle":
+        boxed = [example for example in examples if example.boxes]
+        need(boxed, f"--mode oracle: no row of {task.data} has true boxes (the field 'boxes')")
+        if len(boxed) < len(examples):
+            print(f"asked are the {len(boxed):,} of {len(examples):,} questions that have boxes")
+        examples = boxed
+
+    out = Path(task.out or default_folder(task, protocol))
     out.mkdir(parents=True, exist_ok=True)
     held = lock(out / "lock")  # two processes would write every record twice
     config = {"model": task.model, "data": task.data, "judge": task.judge}
@@ -1451,7 +1474,8 @@ def main(arguments=None):
     transformers.logging.disable_progress_bar()
 
     # A given flag wins over the model's own values, and those over the authors' protocol.
-    task = Task(**{name: flags.pop(name) for name in list(flags) if hasattr(Task, name)})
+    task = Task(**{name: flags.pop(name) for name in list(flags)
+                   if name in Task.__dataclass_fields__})
     task.check()
     need(not task.image or flags.get("mode") != "oracle",
          "--mode oracle needs --data with true boxes, not --image")

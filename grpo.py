@@ -54,11 +54,12 @@ def k3(logp, ref_logp):
     """Per-token estimate of KL(policy || reference): exp(d) - d - 1 with d = ref - policy. (T,)
 
     Unbiased for samples of the policy, never negative, low in variance. The clamps are the authors'
-    guard against overflow. In bf16 the two models' log-probs differ by rounding alone, so the
-    metric `kl` reads about 0.005 as soon as weights move (float32: below 1e-7): look at its growth.
+    guard against overflow; above 10 the KL has no gradient any more. In bf16 the two models'
+    log-probs differ by rounding alone, so the metric `kl` reads about 0.005 as soon as weights move
+    (float32: below 1e-7): look at its growth.
     """
     d = (ref_logp - logp).clamp(-20, 20)                                         # (T,)
-    return (d.exp() - d - 1).clamp(-10, 10)                                      # (T,)
+    return (d.exp() - d - 1).clamp(max=10)                                       # (T,)
 
 
 def grpo_loss(logp, old_logp, ref_logp, advantage, *, kl, clip, tokens):
@@ -179,15 +180,15 @@ def update_batch(policy, reference, optimizer, groups, *, banned, kl, clip, max_
 
     groups: list of rollout.Group, with their .advantages; groups may differ in size.
     updates: optimizer steps on this batch; 1 in the paper, so that the ratio is always 1.
-    Returns a dict. Of the last of these steps, all but the norm averages over response tokens:
+    Returns the metrics of the last of these steps; means are over all response tokens:
         loss           at ratio 1 the advantages of a group nearly cancel: no measure of progress
-        kl, entropy    nats a token; see `k3` for what `kl` reads in bf16
+        kl, entropy    mean, nats a token; see `k3` for what `kl` reads in bf16
         clip_fraction  share of tokens whose ratio was outside the clip; 0 with `updates` = 1
         grad_norm      before it is scaled down
-    Of the first one:
-        sampler_gap    mean |log-prob when sampled - log-prob now|: rounding, unless there is a bug
-    And nonfinite: the groups whose loss was not finite (all if only the gradient's norm was not).
-    If there is any, the last of these steps updated nothing, and no other followed.
+        sampler_gap    (of the first step) mean |log-prob when sampled - log-prob now|: rounding,
+                       unless there is a bug
+        nonfinite      the groups whose loss was not finite, or all of them if only the gradient's
+                       norm was not. Such a step updates nothing, and no other follows
     """
     # Fixed before the loop: see grpo_loss.
     tokens = sum(len(c.ids) for group in groups for c in group.completions)

@@ -64,9 +64,9 @@ from rollout import (PREFILL, REGIONS, STRIDE, TEXT_TOKENS, Completion, InputErr
 # Settings
 
 
-# The phases that a schedule repeats, --steps steps each. The paper's schedule is `alternate`; the
-# others are for comparing with it. (They have two phases, too, so that they make as many updates
-# and renew the frozen copy as often; `think` is one launch, as the authors' baseline is.)
+# A schedule's phases, --steps steps each. `alternate` is the paper's; the others are for comparing
+# with it. They have two phases, too, and so as many updates and frozen copies; but `think` is one
+# launch, as the authors' baseline is.
 SCHEDULES = {
     "alternate": ("perception", "reasoning"),
     "joint": ("joint", "joint"),                # every update trains both roles
@@ -88,7 +88,6 @@ class Settings:
     images: str = ""                  # where relative image paths start; default: beside the data
     skip_bad: bool = False            # skip and count bad rows and images instead of stopping
     out: str = ""                     # run folder; default: the first free runs/NAME-1, -2, ...
-    verbose: bool = False             # print all settings at the start
 
     # The schedule
     schedule: str = "alternate"       # alternate (the paper), joint, perceiver, reasoner, think
@@ -253,9 +252,8 @@ def reasoning(players, questions, s, generator):
     # 3. Every answer is one rollout. (No boxes are void here: nobody is trained to write them.)
     rollouts = []
     for example, seen, group in zip(questions, perceived, groups):
-        for c in group.completions:
-            rollout = Rollout(example, sampled=c, perceived=seen, answer=c)
-            group.rollouts.append(rollout)
+        group.rollouts = [Rollout(example, sampled=c, perceived=seen, answer=c)
+                          for c in group.completions]
         rollouts += group.rollouts
 
     # 4. Each answer earns its own reward. One without <answer> tags earns 0: the policy can learn
@@ -459,14 +457,18 @@ def settings_from(arguments):
     elif "model" in given:
         s = Settings(**given)
     else:
-        s = Settings(**toy.defaults() | given)
+        world = toy.defaults()
+        if "data" in given:
+            del world["eval_data"]  # other data, and its --images, are not the toy's
+        s = Settings(**world | given)
     check(s)
 
     # All settings only to whoever touched one.
     phases = " and ".join(dict.fromkeys(SCHEDULES[s.schedule]))
     print(f"{s.total} steps ({phases}), {s.questions} questions x {s.group} samples a step.")
-    print("A frozen copy of the model, made when a phase begins, plays the other role.")
-    if s.verbose or given:
+    if s.schedule != "think":
+        print("A frozen copy of the model, made when a phase begins, plays the other role.")
+    if given:
         for name, value in dataclasses.asdict(s).items():
             print(f"  {name:16} {value}")
     return s, resume is not None
@@ -554,8 +556,9 @@ def estimate_memory(config, parameters, size, s):
     """Peak GiB on a GPU, {"sampling": .., "updating": ..}: arithmetic on the model's config, its
     number of parameters, the bytes of a value in its compute type and the Settings.
 
-    Every prompt and response is taken as long as it may be. 1 GiB is added for the driver and the
-    kernels' own; a judge model comes on top. tests/test_memory.py compares it with the real code.
+    Every prompt and response is taken as long as it may be, and both roles as trained. 1 GiB is
+    added for the driver and the kernels' own; a judge model comes on top. tests/test_memory.py
+    compares it with the real code.
     """
     text, vision = config.text_config, config.vision_config
     hidden, inner, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
@@ -783,7 +786,7 @@ class Run:
         self.ticker.show(metrics)
 
     def checkpoint_if_due(self):
-        """Save now and then and at the end; and when a signal asked for it, then leave."""
+        """Save every --save-every steps, at the end, and if a signal asked for it; then leave."""
         # The last one makes a finished run resumable, with more --iterations.
         every = self.s.save_every
         if self.interrupt or self.step == self.s.total or (every and self.step % every == 0):
@@ -799,7 +802,7 @@ class Run:
 
     def save_model(self, name):
         """The policy as a bf16 model folder."""
-        (self.folder / "phases").mkdir(exist_ok=True)
+        (self.folder / name).parent.mkdir(exist_ok=True)
         with written(self.folder / name) as new:
             write_model(self.players.policy, self.s, new)
 
@@ -977,13 +980,13 @@ def settings_of_run(name, given):
                          f"be read ({error}); start the run with its own command") from error
 
     # A given flag wins. Whether it makes sense in the middle of a run is the user's to know.
-    s = Settings(out=str(folder))
-    for key in Settings.__dataclass_fields__:
-        if key in given and given[key] != known.get(key) and key != "out":
-            print(f"changed: --{key.replace('_', '-')} from {known.get(key)} to {given[key]}")
-        if key != "out":
-            setattr(s, key, given.get(key, known.get(key, getattr(s, key))))
-    return s
+    if "out" in given:
+        raise InputError(f"--resume {name} goes on in {folder}: leave --out away")
+    for key, value in given.items():
+        if value != known.get(key):
+            print(f"changed: --{key.replace('_', '-')} from {known.get(key)} to {value}")
+    known = {key: value for key, value in known.items() if key in Settings.__dataclass_fields__}
+    return Settings(**known | given | {"out": str(folder)})
 
 
 @contextlib.contextmanager

@@ -677,10 +677,12 @@ class LinearPatchEmbed(Qwen3VLVisionPatchEmbed):
 
 
 def quicken(model):
-    """Swap these two in. Parameters and their names stay, so checkpoints do, too."""
+    """Replace two slow layer classes of the library by the faster ones above. Parameters and their
+    names stay, so checkpoints do, too."""
     quick = {Qwen3VLTextRMSNorm: FusedRMSNorm, Qwen3VLVisionPatchEmbed: LinearPatchEmbed}
     for module in model.modules():
-        module.__class__ = quick.get(type(module), type(module))
+        if type(module) in quick:
+            module.__class__ = quick[type(module)]
     return model
 
 
@@ -705,14 +707,20 @@ def load(folder, max_pixels, device=None):
 
         # Safetensors only: pickled weights (.bin, .pt) could run code. They are never opened.
         # (Vision layers attend image by image, without a mask: they need no attention of ours.)
-        model = Qwen3VLForConditionalGeneration.from_pretrained(
+        model, loading = Qwen3VLForConditionalGeneration.from_pretrained(
             folder, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16,
-            use_safetensors=True,
+            use_safetensors=True, output_loading_info=True,
             attn_implementation={"text_config": "group", "vision_config": "sdpa"})
+
+        # The library would begin with random numbers where the file has none.
+        missing = sorted(loading["missing_keys"])
+        if missing:
+            raise InputError(f"{folder} lacks {len(missing)} of the model's weights, such as "
+                             f"{missing[0]}: its files are incomplete")
         codec = Codec(folder, model, max_pixels)
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(f"the model folder {folder} cannot be loaded: "
                          f"{' '.join(str(error).split())}") from error
     return quicken(model).to(device).eval(), codec
@@ -752,16 +760,20 @@ TEXT_TOKENS = 512  # room for the text of a prompt. At the paper's budget of 204
 
 
 def fitting(codec, examples, response_tokens, skip_bad=False):
-    """The examples whose text fits. The first ten others are listed: in a line that is printed with
-    `skip_bad`, which leaves them out, else in an InputError. No image is opened: the pixel budget
-    bounds them.
+    """The examples whose text fits into both roles' prompts.
 
-    The text of both roles' prompts may have TEXT_TOKENS tokens; prompt (of an image and all crops)
-    and response together as many as the model has positions.
+    A text may have TEXT_TOKENS tokens; the prompt (an image, all crops, the text) and the response
+    together as many as the model has positions. No image is opened: the pixel budget bounds them.
+    Raises InputError that lists the first ten that don't fit; with `skip_bad` they are printed and
+    left out. Raises it, too, if there is no room for any text.
     """
     # Visual tokens are taken at their most, so that the boxes cannot matter.
     visual = (1 + MAX_CROPS) * (codec.size["longest_edge"] // codec.token_side**2)
     limit = min(TEXT_TOKENS, codec.max_positions - visual - response_tokens)
+    if limit <= 0:
+        raise InputError(f"{visual} visual tokens and a response of {response_tokens} leave no "
+                         f"room for text in the model's {codec.max_positions} positions: lower "
+                         f"--max-pixels, --perceive-tokens or --reason-tokens")
     fit, bad = [], []
     for example in examples:
         # The text around the images counts, too: their tokens' stand-ins, the chat's own.

@@ -212,7 +212,8 @@ def questions(things, kinds=tuple(KINDS)):
         text = f"Which way do the stripes of the {names[0]} and of the {names[1]} run?"
         found.append(Question("two", text, trio[:2]))
 
-        # Counted is first the way that most of them run, then one that the first of them does not.
+        # The first thing's question asks for the commonest way of the three, the second's for a
+        # way that this thing does not run.
         if len(trio) == 3 and i < 2:
             ways = [t.way for t in trio]
             asked = max(WAYS, key=ways.count)

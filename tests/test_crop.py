@@ -116,6 +116,7 @@ def test_pixels_on_a_wide_image():
     assert to_rect(Box(1, 1, 998, 998), (100, 100)) == (0, 0, 100, 100)         # outwards
     assert to_rect(Box(999.5, 999.5, 1000, 1000), (100, 100)) == (99, 99, 100, 100)
     assert to_rect(Box(0, 0, 0.1, 0.1), (100, 100)) == (0, 0, 1, 1)
+    assert to_rect(Box(290, 70, 300, 80), (100, 100)) == (29, 7, 30, 8)     # 0.29 * 100 is 28.999..
     assert to_rect(Box(5, 5, 6, 6), (1, 1)) == (0, 0, 1, 1)
 
 

@@ -132,7 +132,7 @@ def test_no_data(tmp_path):
     with pytest.raises(InputError, match="no example.*line 1"):
         load_data(write(tmp_path, "{"), skip_bad=True)
     (tmp_path / "void").mkdir()
-    with pytest.raises(InputError, match="no .jsonl"):
+    with pytest.raises(InputError, match="no file that ends in .jsonl"):
         load_data(tmp_path / "void")
 
 
@@ -409,6 +409,7 @@ def test_instructions_are_cut(sentence):
     "Think about the person directly left of the tree. What is he holding?", "This is a menu. Choose the best choice for a vegetarian.",
     "The answer sheet has one number circled. What number is it?", "Look. Select the tool in the man's hand.",
     "Here is a street. Read the letters on the left. Write the word on the sign.", "It is a form. Select the option that the pen points at.",
+    "This is a poster. Count the panels of the step by step guide.",
 ])
 def test_questions_stay(question):
     assert clean_question(question) == question
@@ -502,3 +503,12 @@ def test_a_floating_point_image_is_refused(tmp_path):
     Image.new("F", (2, 2)).save(tmp_path / "f.tif")
     with pytest.raises(InputError, match="f.tif, whose pixels are floating point"):
         load_data(write_over(tmp_path, "f.tif"))
+
+
+def test_options_in_a_column_and_in_the_question_are_listed_once(tmp_path):
+    row = {**GOOD, "question": "Which?\n(A) red\n(B) blue", "answer": "A"}
+    for options in (["red", "blue"], ["A. red", "B. blue"]):
+        [example] = load_data(write(tmp_path, row | {"options": options}))
+        assert example.question == "Which?\nA. red\nB. blue" and example.options == ("red", "blue")
+    [example] = load_data(write(tmp_path, row | {"options": ["one", "two", "three"]}))   # the lines are something else
+    assert example.question == "Which?\n(A) red\n(B) blue\nA. one\nB. two\nC. three"

@@ -261,6 +261,27 @@ def test_results_of_other_code_or_other_weights_are_not_taken_for_these(folder, 
     assert main(asked) == 2 and "version_of_weights" in capsys.readouterr().err
 
 
+def test_oracle_asks_where_there_are_boxes_and_nowhere_else(folder, tmp_path, capsys):
+    noise(20, 20).save(tmp_path / "a.png")
+    rows = [{"image": "a.png", "question": "What?", "answer": "red"} for _ in range(3)]
+    rows[1]["boxes"] = [[0, 0, 500, 500]]
+    file = tmp_path / "data.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = flags(folder, file, tmp_path / "out", "--mode", "oracle", "--pictures", "0")
+    assert main(asked) == 0 and len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 1
+    assert "1 of 3 questions that have boxes" in capsys.readouterr().out
+    file.write_text(json.dumps(rows[0]) + "\n")
+    assert main(asked) == 2 and "true boxes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model, limit, name", [
+    ("runs/X-1/final", 0, "X-1-final-d-p2r"), ("runs/X-2/final", 60, "X-2-final-d-p2r-60"),
+    ("runs/X-1/phases/2-reasoning", 0, "X-1-2-reasoning-d-p2r"), ("Qwen/Qwen3-VL-2B-Instruct", 0, "Qwen3-VL-2B-Instruct-d-p2r")])
+def test_every_model_and_every_limit_has_a_folder_of_its_own(model, limit, name):
+    task = evaluation.Task(model=model, data="x/d.jsonl", limit=limit)
+    assert evaluation.default_folder(task, Protocol()) == f"runs/eval-{name}"
+
+
 def test_an_error_leaves_nothing_in_the_way(folder, data, tmp_path, capsys):
     assert main(flags(folder, data, tmp_path / "run", "--judge", "typo")) == 2 and "--judge typo" in capsys.readouterr().err
     assert main(flags(folder, data, tmp_path / "run", "--limit", "1")) == 0

@@ -157,6 +157,12 @@ def test_a_finished_run_goes_on_with_more_iterations(
     assert json.loads((tmp_path / "run" / "config.json").read_text())["lr"] == 2e-6
 
 
+def test_resume_with_another_out_is_refused(folder, data, tmp_path, scripted):
+    go(settings(folder, data, tmp_path / "run", eval_data="", sample_every=0))
+    with pytest.raises(InputError, match="leave --out away"):
+        main(["--resume", str(tmp_path / "run"), "--out", str(tmp_path / "other")])
+
+
 def test_a_checkpoint_that_cannot_be_read_is_refused_and_nothing_is_lost(
         folder, data, tmp_path, undisturbed):
     s = settings(folder, data, tmp_path / "run")

@@ -10,6 +10,7 @@ import numpy
 import pytest
 import torch
 from conftest import BOXES, noise, prompts_of
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 from transformers.models.qwen3_vl import modeling_qwen3_vl as library
@@ -225,6 +226,24 @@ def test_a_broken_model_folder_is_one_sentence(folder, tmp_path, name, content):
     with pytest.raises(InputError, match="cannot be loaded") as error:
         load(tmp_path / "m", 4096)
     assert "\n" not in str(error.value)
+
+
+def test_weights_that_are_missing_or_of_another_shape_are_not_made_up(folder, tmp_path):
+    """The library would fill them with random numbers, and say so only in a log that is switched off."""
+    model = shutil.copytree(folder, tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    name = next(name for name in weights if name.endswith("q_proj.weight"))
+    save_file({key: value for key, value in weights.items() if key != name}, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=f"lacks 1 of the model's weights, such as .*{name}"):
+        load(model, 4096)
+    save_file(weights | {name: weights[name][:-1].clone()}, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load(model, 4096)
+
+
+def test_no_room_for_any_text_is_no_fault_of_the_questions(tiny):
+    with pytest.raises(InputError, match="no room for text .* lower --max-pixels"):
+        rollout.fitting(tiny[1], [], tiny[1].max_positions)
 
 
 def test_cudnn_attention_is_off_once_a_model_is_loaded(folder):

@@ -363,3 +363,8 @@ def test_the_judges_verdict_is_the_librarys_next_token(tiny):
     judge.yes, judge.no = divmod(((wins == 2) | (wins == 3)).flatten().nonzero()[0].item(), scores.shape[1])
     verdicts = judge(cases)
     assert verdicts == (scores[:, judge.yes] > scores[:, judge.no]).tolist() and len(set(verdicts)) == 2
+
+
+def test_an_option_that_is_made_of_letters_is_a_word():
+    assert option_letter("It is a CD", ("CD", "DVD")) == "A"
+    assert option_letter("It says AB, of course", ("cd", "ab")) == "B"
