@@ -198,7 +198,8 @@ class Protocol:
 
 
 def ask(model, codec, examples, protocol, judge=None):
-    """Yields a record, a dict ready for JSON, for each Example. Greedy, so deterministic.
+    """Yields a record, a dict ready for JSON, for each Example. Greedy, so nothing is drawn. (In
+    bf16 near ties may fall otherwise where other questions share the batch.)
 
     boxes are the Perceiver's (or, in mode "oracle", the true ones), perceived and reasoned the two
     texts; parsable is None where no boxes were asked for.

@@ -275,7 +275,8 @@ class MasterAdamW:
         self.forget_moments()
 
         # Every gradient is added to its float32 sum the moment it is complete, and freed. So there
-        # is one full-size gradient buffer, and summing over many groups loses nothing.
+        # is one full-size gradient buffer, and summing over many groups loses nothing. (Within a
+        # group autograd sums the parts of a tied embedding's gradient, in bf16.)
         self.sums = [None] * len(self.params)
         for place, param in enumerate(self.params):
             param.register_post_accumulate_grad_hook(self._collector(place))
@@ -323,8 +324,11 @@ class MasterAdamW:
     @torch.no_grad()
     def round_weights(self):
         """The masters, rounded to the type that the model computes in, become its weights."""
+        # (With --offload: non-blocking, or the CPU would do the rounding, and slowly.)
         for param, master in zip(self.params, self.masters):
-            param.copy_(master)
+            param.copy_(master, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
 
 
 # ---------------------------------------------------------------------------------------------

@@ -43,8 +43,13 @@ import shlex
 import shutil
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
+
+# On a GPU sampling and updating take turns with tensors of other sizes. Segments that can grow keep
+# the holes between them from adding up. (PyTorch reads this when it is imported.)
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 import transformers
@@ -539,17 +544,18 @@ def check_memory(policy, s):
         print(f"memory, computed: {told}")
         return
 
-    # What the card holds decides before a second copy is made of what is 4 GiB already.
-    card = torch.cuda.get_device_properties(policy.device).total_memory / 2**30
-    if max(peaks.values()) < card:
-        print(f"memory, computed: {told}; the GPU has {card:.1f}")
+    # What the card has left decides, before a second copy is made of what is 4 GiB already.
+    free = torch.cuda.mem_get_info(policy.device)[0] + torch.cuda.memory_reserved(policy.device)
+    free = free / 2**30
+    if max(peaks.values()) < free:
+        print(f"memory, computed: {told}; the GPU has {free:.1f} for it")
         return
     remedy = "lower --max-pixels, --group or --reason-tokens"
     if peaks["sampling"] > peaks["updating"]:
         remedy = "lower --rollout-batch and --partner-batch"
     if not s.offload:
         remedy += ", or add --offload"
-    raise InputError(f"this run would take {told}, but the GPU has {card:.1f}: {remedy}")
+    raise InputError(f"this run would take {told}, but the GPU has {free:.1f} for it: {remedy}")
 
 
 def estimate_memory(config, parameters, size, s):
@@ -741,7 +747,7 @@ class Run:
     """
 
     def __init__(self, s, resumed):
-        self.s, self.resumed = s, resumed
+        self.s, self.resumed, self.folder = s, resumed, Path(s.out)  # `begin` finds one without out
         self.step, self.accuracy = 0, {}      # steps done; step -> eval.evaluate's dict
         self.interrupt = None                 # number of the signal that asked to stop
         self.players = self.optimizer = None  # what a checkpoint is made of, once the run has begun
@@ -786,8 +792,8 @@ class Run:
         self.ticker.show(metrics)
 
     def checkpoint_if_due(self):
-        """Save every --save-every steps, at the end, and if a signal asked for it; then leave."""
-        # The last one makes a finished run resumable, with more --iterations.
+        """Save every --save-every steps, at the end (more --iterations may follow), and if a signal
+        asked for it; then leave."""
         every = self.s.save_every
         if self.interrupt or self.step == self.s.total or (every and self.step % every == 0):
             self.save()
@@ -821,6 +827,7 @@ class Run:
             if isinstance(error, NotANumber):
                 raise InputError(f"{error}; not saved. With a lower --lr, {again}") from error
             if isinstance(error, InputError) and self.players and self.players.frozen:
+                free_memory(error, self.optimizer)
                 self.save()
                 raise InputError(f"{error}; saved, {again}") from error
             if isinstance(error, (OSError, SafetensorError)):
@@ -869,6 +876,17 @@ class Ticker:
             self.bar.close()
 
 
+def free_memory(error, optimizer):
+    """Let go of the tensors that the frames of an error hold: where the GPU's memory ran out,
+    saving needs some."""
+    optimizer.discard()
+    while error:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def checkpoints_of(folder):
     """A run's checkpoints, oldest first. Whatever else lies there is not ours."""
     found = (folder / "checkpoints").glob("step-*")
@@ -878,11 +896,12 @@ def checkpoints_of(folder):
 
 def save_checkpoint(players, optimizer, step, folder):
     """All that the next step depends on. Raises InputError for weights that are not finite."""
-    # A policy that is not a number would go on as one for ever.
+    # A policy that is not a number would go on as one for ever. (The sum tells, and takes no
+    # memory.)
     tensors = grpo.optimizer_state(optimizer)
     tensors["frozen"] = kept_of(players.frozen, optimizer)
     for name, master in tensors["masters"].items():
-        if not master.isfinite().all():
+        if not master.sum().isfinite():
             raise InputError(f"{name} is not finite after step {step}: not saved; resume with a "
                              f"lower --lr")
 

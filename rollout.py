@@ -212,7 +212,7 @@ def sample(model, codec, prompts, *, group=1, greedy=False, max_tokens, rows, ge
                 return
 
             # 2. Every response draws a token, unless the logits are damaged.
-            if logits.isnan().any():
+            if not logits.isfinite().all():
                 raise NotANumber("the model's output is not a number for one of these prompts: its "
                                  "weights are damaged, or an image overflows its number format")
             logits = penalised(logits, active, penalty, codec)

@@ -14,7 +14,6 @@ What is not seen: the driver, fragmentation, and workspaces inside of kernels.
 import copy
 import re
 import weakref
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -112,7 +111,7 @@ def card(monkeypatch):
     """A GPU of fake tensors; yields its Live."""
     monkeypatch.setattr(F, "rms_norm", lambda x, size, weight, eps: F.layer_norm(x, size, weight))
     monkeypatch.setattr(rollout, "causal_lower_right", lambda *_: None)
-    monkeypatch.setattr(torch.Tensor, "isnan", lambda _: torch.zeros((), dtype=torch.bool))
+    monkeypatch.setattr(torch.Tensor, "isfinite", lambda _: torch.ones((), dtype=torch.bool))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with FakeTensorMode(allow_non_fake_inputs=True), Live() as live:
         yield live
@@ -277,20 +276,21 @@ def test_a_run_that_cannot_fit_the_card_is_refused_in_one_sentence(monkeypatch, 
             return 2_127_532_032
 
     def card_of(gib):
-        monkeypatch.setattr(torch.cuda, "get_device_properties",
-                            lambda _: SimpleNamespace(total_memory=gib * GIB))
+        # A part of what is left is in the allocator's cache already.
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 5 * GIB)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: ((gib - 5) * GIB, 80 * GIB))
 
     card_of(79)
     check_memory(OnCard(), Settings())
     assert re.fullmatch(r"memory, computed: 70\.\d GiB while sampling, 49\.3 GiB while updating; "
-                        r"the GPU has 79\.0\n", capsys.readouterr().out)
+                        r"the GPU has 79\.0 for it\n", capsys.readouterr().out)
 
     card_of(23.6)
     check_memory(OnCard(), Settings(**FOR_24_GB))
-    with pytest.raises(InputError, match="23.6: lower --rollout-batch .*, or add --offload$"):
+    with pytest.raises(InputError, match="23.6 for it: lower --rollout-batch .*, or add --offload$"):
         check_memory(OnCard(), Settings())
     card_of(19)
-    with pytest.raises(InputError, match="19.0: lower --max-pixels, --group or --reason-tokens$"):
+    with pytest.raises(InputError, match="19.0 for it: lower --max-pixels, --group or --reason-tokens$"):
         check_memory(OnCard(), Settings(**FOR_24_GB))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -281,18 +282,29 @@ def test_offload_is_the_same_run_on_a_cpu(folder, data, tmp_path, scripted):
 @pytest.mark.parametrize("where, flag", [("lm_head", "--rollout-batch"), ("mlp", "--max-pixels")])
 def test_a_gpu_out_of_memory_names_the_flag_to_halve(
         folder, data, tmp_path, capsys, monkeypatch, where, flag):
-    """Raised where a GPU would raise it: in the sampler's last layer, or in a layer in training."""
+    """Raised where a GPU would raise it: in the sampler's last layer, or in a layer in training. What
+    the frames of the error hold is free before the run is saved."""
+    held, alive_at_save = [], []
+
     def forward(self, *args, _real=torch.nn.Linear.forward):
         if torch.is_grad_enabled() == (where == "mlp"):
+            activation = torch.ones(1)
+            held.append(weakref.ref(activation))
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return _real(self, *args)
 
+    def save(*args, _real=p2r_min.save_checkpoint):
+        alive_at_save.extend(activation() is not None for activation in held)
+        _real(*args)
+
     monkeypatch.setattr(torch.nn.Linear, "forward", forward)
+    monkeypatch.setattr(p2r_min, "save_checkpoint", save)
     code = program(["--model", folder, "--data", data, "--max-pixels", 4096, "--steps", 1,
                     "--questions", 1, "--perceive-tokens", 3, "--reason-tokens", 3,
                     "--out", tmp_path / "run"])
     printed = capsys.readouterr().err
     assert code == 2 and "memory ran out" in printed and f"halve {flag}" in printed
+    assert alive_at_save == [False]
 
 
 def program(arguments):
