@@ -792,8 +792,7 @@ class Run:
         self.ticker.show(metrics)
 
     def checkpoint_if_due(self):
-        """Save every --save-every steps, at the end (more --iterations may follow), and if a signal
-        asked for it; then leave."""
+        """Save if it is time, if the run is done, or if a signal asked for it: then leave, too."""
         every = self.s.save_every
         if self.interrupt or self.step == self.s.total or (every and self.step % every == 0):
             self.save()
