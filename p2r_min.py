@@ -268,8 +268,8 @@ def reasoning(players, questions, s, generator):
     return Experience(groups, len(questions), seconds)
 
 
-# The other schedules' phases, `joint` and `thinking`, are added after the skip line. (A phase may
-# be asked no questions, and may return fewer groups or more; an update needs one at least.)
+# The other schedules' phases, `joint` and `thinking`, are added after the skip line. (A phase of
+# your own may return fewer groups than it was asked questions, but an update needs one at least.)
 PHASES = {"perception": perception, "reasoning": reasoning}
 
 
@@ -341,8 +341,8 @@ def train(s, run):
         generator = torch.Generator(policy.device).manual_seed(s.seed * 1_000_003 + step)
         experience = PHASES[phase](players, questions, s, generator)
 
-        # 2. Learn: one GRPO update on what that role sampled. (`banned` token ids, such as that of
-        #    an image, were masked out when it sampled, so they are in the log-probs, too.)
+        # 2. Learn: one GRPO update on what that role sampled. (`banned` are token ids, such as that
+        #    of an image, that it could not sample: the log-probs have to leave them out, too.)
         rolled_out = time.perf_counter()
         update = grpo.update_batch(
             policy, players.frozen, optimizer, experience.groups, banned=codec.banned, kl=s.kl,
@@ -464,7 +464,7 @@ def settings_from(arguments):
     else:
         world = toy.defaults()
         if "data" in given:
-            del world["eval_data"]  # other data, and its --images, are not the toy's
+            del world["eval_data"]  # the toy's held-out questions belong to the toy's data
         s = Settings(**world | given)
     check(s)
 
@@ -590,8 +590,9 @@ def estimate_memory(config, parameters, size, s):
         tower += features * visual * hidden * size
         layer = P * (3 * inner + 6 * hidden) * size
 
-        # Beside it are the table, which a longer prompt may make an eighth larger than it needs,
-        # and the logits of a step. The table is the trained role's or its partner's.
+        # Beside it are the sampler's table of keys and values, which a longer prompt may make an
+        # eighth larger than it needs, and the logits of a step. The table is the trained role's or
+        # its partner's.
         for rows, G in ((s.rollout_batch, s.group), (s.partner_batch, 1)):
             prefill = min(rows, max(1, PREFILL // P)) * max(tower, layer)
             columns = math.ceil((P + G * R) * 9 / 8 / STRIDE) * STRIDE
@@ -766,13 +767,14 @@ class Run:
         if self.resumed and saved:
             self.step = restore(players, optimizer, saved[-1], self.s.total)
 
-        # Both logs end where the run goes on: what comes now is written again.
+        # Both logs end where the run goes on: what comes now is written again. (The settings come
+        # first, as --resume needs them. Those of a finished run stay as they were.)
         self.players, self.optimizer = players, optimizer
+        if self.step < self.s.total:
+            write_whole(self.folder / "config.json", json.dumps(vars(self.s), indent=2))
         cut_back(self.folder / "metrics.jsonl", self.step)
         for row in cut_back(self.folder / "accuracy.jsonl", self.step):
             self.accuracy[row["step"]] = row
-        if self.step < self.s.total:  # else it tells of steps that were made with other settings
-            write_whole(self.folder / "config.json", json.dumps(vars(self.s), indent=2))
         for number in evaluation.ending_signals():
             self.handlers[number] = signal.signal(number, self.save_on_interrupt)
 
@@ -815,27 +817,26 @@ class Run:
         return self
 
     def __exit__(self, kind, error, trace):
-        """Say how to go on, whatever ended the run; after a mistake in the data, save first."""
+        """Say how to go on, where that helps; after a mistake in the data, save first."""
         if not self.lock:
             return
         self.ticker.close()
 
-        # No traceback for what a user can mend, and always the command that goes on.
+        # What a user can mend is told together with the command that goes on.
         again = f"go on with: python p2r_min.py --resume {shlex.quote(str(self.folder))}"
         try:
             if isinstance(error, NotANumber):
                 raise InputError(f"{error}; not saved. With a lower --lr, {again}") from error
             if isinstance(error, InputError) and self.players and self.players.frozen:
-                free_memory(error, self.optimizer)
-                self.save()
-                raise InputError(f"{error}; saved, {again}") from error
+                if self.s.updates == 1:  # of several a part may be done: then the last one stays
+                    free_memory(error, self.optimizer)
+                    self.save()
+                raise InputError(f"{error}; {again}") from error
             if isinstance(error, (OSError, SafetensorError)):
                 raise InputError(f"cannot read or write: {error}; mend it; {again}") from error
             if isinstance(error, (SystemExit, KeyboardInterrupt)):
                 print(f"stopped after step {self.step}; {again}")
-
-        # Then everything outside the run is as it was before `begin`.
-        finally:
+        finally:  # all outside the run is again as it was before `begin`
             self.lock.close()
             for number, handler in self.handlers.items():
                 signal.signal(number, handler)

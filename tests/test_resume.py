@@ -311,7 +311,7 @@ def test_an_image_that_breaks_during_the_run_stops_it_after_saving(
         return chance(text, example)
 
     scripted(score=breaking)
-    with pytest.raises(InputError, match=r"\d\.png.*saved, go on with: python p2r_min.py --resume"):
+    with pytest.raises(InputError, match=r"\d\.png.*go on with: python p2r_min.py --resume"):
         go(s)
     assert 2 <= len(metrics(tmp_path / "run")) < 6
     for path, content in whole.items():
@@ -320,11 +320,42 @@ def test_an_image_that_breaks_during_the_run_stops_it_after_saving(
     assert outcome(go(s, resumed=True)) == undisturbed
 
 
+def test_an_update_that_was_cut_short_is_not_saved(folder, data, tmp_path, monkeypatch, scripted):
+    """Of two updates on a batch the first one is done when an error comes: nobody may go on there."""
+    flags = dict(eval_data="", sample_every=0, save_every=1, updates=2)
+    s = settings(folder, data, tmp_path / "run", **flags)
+    real, calls = grpo.grpo_loss, []
+
+    def fails(*args, **how):
+        calls.append(1)
+        if len(calls) == (2 + 2 + 1) * s.questions + 1:    # step 3, its second update, the first group
+            raise InputError("the GPU's memory ran out")
+        return real(*args, **how)
+
+    monkeypatch.setattr(grpo, "grpo_loss", fails)
+    with pytest.raises(InputError, match="ran out; go on with"):
+        go(s)
+    assert len(metrics(tmp_path / "run")) == 2
+    go(s, resumed=True)
+    go(settings(folder, data, tmp_path / "whole", **flags))
+    ends = [(tmp_path / run / "final" / "model.safetensors").read_bytes() for run in ("run", "whole")]
+    assert ends[0] == ends[1]
+
+
+def test_a_kill_before_the_logs_are_begun_is_no_dead_end(folder, data, tmp_path, monkeypatch, scripted):
+    s = settings(folder, data, tmp_path / "run", eval_data="", sample_every=0)
+    cut_off(monkeypatch, p2r_min, "cut_back", lambda log, step: log.name == "accuracy.jsonl")
+    with pytest.raises(Killed):
+        go(s)
+    main(["--resume", str(tmp_path / "run")])
+    assert len(metrics(tmp_path / "run")) == 6
+
+
 def test_resume_leaves_a_broken_image_out(folder, data, tmp_path, scripted):
     """With --skip-bad, as the message says: its body is cut off, its header can be read."""
     os.truncate(data.parent / "2.png", (data.parent / "2.png").stat().st_size // 2)
     s = settings(folder, data, tmp_path / "run", eval_data="")
-    with pytest.raises(InputError, match=r"2\.png.*--skip-bad.*saved, go on with"):
+    with pytest.raises(InputError, match=r"2\.png.*--skip-bad.*go on with"):
         go(s)
     main(["--resume", str(tmp_path / "run"), "--skip-bad"])
     assert len(metrics(tmp_path / "run")) == 6
