@@ -68,7 +68,8 @@ def parse_boxes(text):
 
     The text is cut wherever an object begins, and each piece is read on its own. That one idea
     covers code fences, prose around the list, wrappers such as {"objects": [...]}, stray braces,
-    and a list that was cut off by the token limit.
+    and a list that was cut off by the token limit. Swapped corners are put in order, and what
+    reaches beyond the image is cut off (`_read_box`).
 
     Never raises: whatever the text is, it is an answer of the model.
 

@@ -624,7 +624,8 @@ def load_data(spec, images=None, skip_bad=False, flag="--data"):
         # Whatever is wrong with a row becomes one sentence that says where it stands.
         for number, row, image in rows:
             try:
-                need(not isinstance(row, InputError), str(row))
+                if isinstance(row, InputError):
+                    raise row
                 example = to_example(row, number, used)
                 path = image or inside(Path(images or file.parent), row_value(row, "image")[1])
                 problem = image_problem(path, fully=skip_bad)
@@ -1333,8 +1334,8 @@ def default_folder(task, protocol):
 
 def versions(task):
     """What results depend on besides settings, as a dict: this code, and the model's weights."""
-    # A fork that changes a prompt must not be shown the results of before, nor a run that was
-    # trained on and has new weights in the same folder.
+    # Whoever changes a prompt must not be shown the results of before; nor whoever trains on, and
+    # has new weights in the same folder.
     code, weights = hashlib.sha256(), hashlib.sha256()
     for file in sorted(HERE.glob("*.py")):
         code.update(file.read_bytes())
