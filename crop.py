@@ -60,7 +60,7 @@ class Parsed(NamedTuple):
 # Where a JSON object begins: a brace, then its first key. A brace inside a label is no beginning.
 OBJECT = re.compile(r"""\{\s*["']\w+["']\s*:""")
 BOX_KEYS = ("bbox_2d", "bbox", "box_2d", "box")
-DECODER = json.JSONDecoder()
+DECODER = json.JSONDecoder(strict=False)  # a label may hold a raw new line
 
 
 def parse_boxes(text):
@@ -181,8 +181,9 @@ def padded(rect, size):
 
 def _read_box(piece):
     """Text that begins with an object -> Box, or None where it holds no four usable numbers."""
-    # Python-style quotes are common.
+    # Python-style quotes are common, and so are quotes inside a label: "a sign with "EXIT" on it".
     fields = _read_object(piece) or _read_object(piece.replace("'", '"'))
+    fields = fields or _read_object(_quotes_escaped(piece))
     if not fields:
         return None
     found = [fields[key] for key in BOX_KEYS if key in fields]
@@ -209,6 +210,15 @@ def _read_box(piece):
     # A missing label and a null are empty ones: `violation` knows what to think of them.
     label = fields.get("label")
     return Box(x1, y1, x2, y2, "" if label is None else str(label).strip())
+
+
+def _quotes_escaped(piece):
+    """The same piece with the quotes inside its label escaped, if the label comes last."""
+    found = re.search(r'"label"\s*:\s*"', piece)
+    if not found:
+        return ""
+    label, _, rest = piece[found.end():].rpartition('"')
+    return piece[:found.end() - 1] + json.dumps(label) + rest
 
 
 def _read_object(piece):

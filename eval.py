@@ -34,6 +34,7 @@ import time
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -219,7 +220,8 @@ def ask(model, codec, examples, protocol, judge=None):
             looks = [group.completions[0] for group in groups]
             boxes = [look.parsed.boxes for look in looks]
 
-        # 2. The answer. In mode direct the whole text is the answer, unless it has tags.
+        # 2. The answer. In mode direct the whole text is the answer, unless it has tags; but not
+        #    what a model thinks unasked.
         if protocol.mode == "direct":
             groups = direct(model, codec, chunk, max_tokens=protocol.reason_tokens, **limits)
         else:
@@ -229,7 +231,8 @@ def ask(model, codec, examples, protocol, judge=None):
         for group in groups:
             text = group.completions[0].text
             if protocol.mode == "direct" and answer_in(text) is None:
-                text = f"<answer>{text}</answer>"
+                thoughts, end, said = text.rpartition("</think>")
+                text = f"{thoughts}{end}<answer>{said}</answer>"
             texts.append(text)
 
         # 3. The verdict, and all that is needed to look into it later.
@@ -343,13 +346,14 @@ def option_letter(text, options=()):
     text = undressed(text)
     texts = [plain_words(undressed(option)) for option in options]
     texts = dict(zip(LETTERS, texts))
+    letters = LETTERS[:len(options)] or LETTERS  # where options are not known, any may be meant
 
     # 1. An option's own text and nothing else, with or without its letter.
     said, own = plain_words(text), []
     for letter, words in texts.items():
         if said in (words, f"{letter.lower()} {words}"):
             own.append(letter)
-    if len(own) == 1 and len(said) > 1 and "?" not in text:
+    if len(own) == 1 and said.upper() not in letters and "?" not in text:
         return own[0]
 
     # 2. Options' own words anywhere. They are set aside, the longest first: "red and blue" is not
@@ -357,7 +361,7 @@ def option_letter(text, options=()):
     named = set()
     for letter, words in sorted(texts.items(), key=lambda pair: -len(pair[1])):
         core = without_article(words)
-        own_letter = len(words) == 1 and words.upper() in LETTERS
+        own_letter = len(words) == 1 and words.upper() in letters
         if words and not own_letter and list(texts.values()).count(words) == 1:
             phrase = r"\W+".join(re.escape(word) for word in core.split())
             if core != words:
@@ -367,10 +371,12 @@ def option_letter(text, options=()):
             if times:
                 named.add(letter)
 
-    # 3. Letters. One that is only mentioned names nothing, but must not contradict.
+    # 3. Letters. One that is only mentioned names nothing, but must not contradict. Of four options
+    #    none is F: that is a letter on a sign.
     for match in NAMED.finditer(text):
         named.add(match[1].upper())
-    mentioned = set(MENTIONED.findall(text))
+    named &= set(letters)
+    mentioned = set(MENTIONED.findall(text)) & set(letters)
 
     # 4. What is left must be short: in an essay some option is always named by chance.
     if len(named) != 1 or mentioned - named or DOUBT.search(text) or len(text.split()) > 25:
@@ -413,10 +419,12 @@ def number_in(text):
     # Words become digits. "One" is a number at the start or after a few words; else ("the red one")
     # it stands for a thing.
     text = re.sub(r"\b(?:minus|negative) ", "-", text, flags=re.IGNORECASE)
-    text = re.sub(r"(^|\b(?:is|are|only|just|exactly) )one\b", r"\g<1>1", text, flags=re.IGNORECASE)
+    one = r"(^|\b(?:is|are|only|just|exactly|and) |: ?)one\b"
+    text = re.sub(one, r"\g<1>1", text, flags=re.IGNORECASE)
     for value, word in enumerate(WORDS):
         if word != "one":
             text = re.sub(rf"\b{word}\b", str(value), text, flags=re.IGNORECASE)
+    text = re.sub(r"\b(\d+) ?\( ?\1 ?\)", r"\1", text)  # "three (3)" is one number
 
     # Exactly one number, and no digit before it. (After it there may be one, as in "5 m2".)
     found = list(NUMBER.finditer(text))
@@ -485,11 +493,20 @@ MARKS = "!\"#&'()*,/:;<=>?@[\\]^_`{|}~“”‘’«»…。、·¿¡—–"
 
 def plain_words(text):
     """Lower case, one form of each character, no punctuation around words, single spaces."""
+    # A dash before a digit is a minus or a hyphen, never punctuation.
+    text = unicodedata.normalize("NFKC", text).replace("’", "'").replace("−", "-")
+    text = re.sub("[–—](?=[0-9])", "-", text)
+
     # Character by character from both ends, not by a pattern: linear in the length of any text.
     words = []
-    for word in unicodedata.normalize("NFKC", text).casefold().split():
-        word = word.rstrip(MARKS + "$-.")
+    for whole in text.casefold().split():
+        word = whole.rstrip(MARKS + "$-.")
         bare = word.lstrip(MARKS + ".")
+
+        # "B-" and "C#" are not "B" and "C".
+        sign = whole[len(word):len(word) + 1]
+        if len(bare) == 1 and bare.isalpha() and sign in ("-", "#"):
+            bare += sign
 
         # A decimal point is no punctuation: ".5" is not "5".
         if bare[:1].isdigit() and word.endswith("." + bare):
@@ -743,22 +760,30 @@ def unpacked_rows(file):
                     (folder / "images" / image).write_bytes(content)
                     row[column] = places[str(row.get("index"))] = image
 
-                # What JSON does not know (bytes, a date) is kept as the name of its type.
-                out.write(json.dumps([row, image], default=lambda cell: f"({type(cell).__name__})"))
-                out.write("\n")
+                out.write(json.dumps([row, image], default=json_value) + "\n")
         (folder / "places.json").write_text(json.dumps(places))
 
     # A file that was changed is another file. The image stands beside its row, not in it: no cell
     # can claim to be one that was unpacked, and so name a path of its own choice.
     state = file.stat()
     key = f"{file.resolve()} {state.st_size} {state.st_mtime_ns}".encode()
-    folder = cached("rows-" + hashlib.sha256(key).hexdigest()[:16], fill)
+    folder = cached("rows-2-" + hashlib.sha256(key).hexdigest()[:16], fill)
     places = json.loads((folder / "places.json").read_text())
     with (folder / "rows.jsonl").open() as lines:
         for number, line in enumerate(lines, start=1):
             row, image = json.loads(line)
             image = image or places.get(str(row_value(row, "image")[1]))
             yield number, row, folder / "images" / image if image else None
+
+
+def json_value(cell):
+    """A cell that JSON does not know, as one that it does: bytes as text, a decimal as a number.
+    Of anything else, such as a date, only its type: no field of an example can be one."""
+    if isinstance(cell, bytes):
+        return cell.decode(errors="surrogateescape")  # what is no text is refused by `as_text`
+    if isinstance(cell, Decimal):
+        return float(cell)
+    return {"type": type(cell).__name__}
 
 
 def encoded_image(cell):
@@ -825,18 +850,19 @@ def to_example(row, number, used):
     form = fields.get("answer_form", "mca" if options else "free_form")
     need(isinstance(form, str) and form in FORMS,
          f"the field 'answer_form' must be one of {', '.join(FORMS)}, not {form!r}")
-    lone = re.fullmatch(r"\(?[A-Fa-f]\)?[.:]?", answer) and not options
-    need("answer_form" in fields or not lone,
-         f"the answer is the letter {answer!r}, but there are no options in the columns "
+    lettered = re.fullmatch(r"\(?[A-Fa-f]\)?[.:]?", answer)
+    if not lettered and answer in question:
+        lettered = re.match(r"\(?[A-F][).:]\s+\S", answer)  # "A. red", options in one line
+    need("answer_form" in fields or options or not lettered,
+         f"the answer names a letter {answer!r}, but there are no options in the columns "
          f"{', '.join(row)}: give them as 'options', as A, B, ... or as lines of the question, or "
          f"say that 'answer_form' is free_form")
 
     # A truth that our own rule cannot read would make every answer wrong.
-    letter = option_letter(answer, options)
     if form == "mca":
-        need(letter, f"the field 'answer' is {answer!r}, which names no option (a letter A to F)")
-        need(not options or letter in LETTERS[:len(options)],
-             f"the field 'answer' is {answer!r}, but there are only {len(options)} options")
+        known = LETTERS[:len(options)] or LETTERS
+        need(option_letter(answer, options),
+             f"the field 'answer' is {answer!r}, which names no option ({known[0]} to {known[-1]})")
     need(plain_words(answer), f"the field 'answer' is {answer!r}, which holds no word to compare")
 
     # 4. The rest is only to measure with.
@@ -864,6 +890,9 @@ def as_text(value, field):
     need(isinstance(value, str) or number and field != "question",
          f"the field {field!r} must be text, not {str(value)[:80]!r}")
 
+    # pandas writes a column of whole numbers with a gap in it as 3.0.
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     text = str(value)
     need(not NO_TEXT.search(text),
          f"the field {field!r} holds characters that are no text: {text[:80]!r}")
@@ -909,7 +938,9 @@ def question_and_options(row, fields):
         question, options = rest, options or written
     question = clean_question(question)
     need(question, "the field 'question' is empty")
-    need(len(options) <= len(LETTERS), f"the field 'options' holds more than {len(LETTERS)}")
+    need(len(options) <= len(LETTERS) and row.get("G") in (None, ""),
+         f"the field 'options' holds more than {len(LETTERS)}")
+    need(len(options) != 1, f"the field 'options' holds one option only: {str(options)[:80]}")
     options = [as_text(option, "options") for option in options]
 
     # "(A) red" -> "red": letters are given back to all of them alike.
@@ -951,7 +982,7 @@ def image_problem(path, fully=False):
         with Image.open(path) as image:  # refuses "decompression bombs", above 179 million pixels
             (width, height), mode = image.size, image.mode
             if fully:
-                image.load()
+                to_rgb(image)
     except FileNotFoundError:
         return "which does not exist: --images says where paths start; archives must be unpacked"
     except Exception as error:  # Pillow raises a dozen kinds for a broken file
@@ -971,12 +1002,13 @@ def image_problem(path, fully=False):
 INSTRUCTION = re.compile(r"""
       .*(<think>|<answer>|<tool_call>|\\boxed|_tool\b|reasoning\ process).*
     | (.*\b)?(think|reason|explain|answer|solve|work|proceed)\b.*\bstep\ by\ step\b.*
-    | (hint:\ )?(please\ |just\ |only\ |directly\ )*(answer|respond|reply|output)\b
+    | (?!.*question:\s*\w)(hint:\ )?(please\ |just\ |only\ |directly\ )*
+          (answer|respond|reply|output)\b
           .*\b(letter|option|options|choice|choices|word|phrase|directly|short|nothing|question)\b.*
     | (please\ |only\ )*(select|choose|pick)\ (the|an?)\ ((best|correct|right|most\ appropriate)\ )?
           (answer|option|choice|letter)((,|\ from|\ to|\ among|\ of|\ based|\ below|\ above)\b.*)?
     | (please\ |only\ )*(put|give|provide|write|return|output)\ (your|the)
-          \ ((final|best|correct|right|chosen)\ )?(answer|option\ letter
+          \ ((final|best|correct|right|chosen)\ )?(answer(?!\ to\b)|option\ letter
           |letter\ of\ the\ (correct|right|best|chosen)\ (answer|option|choice))\b.*
     | (your|the)\ ((final|best|correct|right)\ )?(answer|response)\ (should|must)\b.*
     | (your|the)\ (final|best|correct|right)\ answer(\ is)?
@@ -1311,8 +1343,10 @@ def earlier_records(out, config, examples):
     for key, value in config.items():
         if known.get(key) != value:
             changed.append(f"{key} was {known.get(key)} and is {value}")
-    then = [(record["id"], record["question"], record["answer"]) for record in records]
-    now = [(example.id, example.question, example.answer) for example in examples]
+    then = [(record["id"], record["image"], record["question"], record["answer"],
+             record["answer_form"]) for record in records]
+    now = [(example.id, str(example.image), example.question, example.answer,
+            example.answer_form) for example in examples]
     if then != now[:len(then)]:
         changed.append("the questions are not the same")
     need(not changed, f"{out} holds other results ({'; '.join(changed)}): choose another --out")
@@ -1365,7 +1399,7 @@ def run_data(task, protocol):
     out = Path(task.out or default_folder(task, protocol))
     out.mkdir(parents=True, exist_ok=True)
     held = lock(out / "lock")  # two processes would write every record twice
-    config = {"model": task.model, "data": task.data, "judge": task.judge}
+    config = {name: getattr(task, name) for name in ("model", "data", "images", "judge")}
     config = config | dataclasses.asdict(protocol) | versions(task)
     records = earlier_records(out, config, examples)
 

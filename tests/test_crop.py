@@ -312,3 +312,9 @@ def test_more_text_makes_a_longer_picture_and_none_of_it_is_lost():
     assert long.height > short.height + 20 * 28
     margin = long.crop((1180, 0, 1200, long.height))
     assert colours_of(margin) == {(255, 255, 255)}
+
+
+@pytest.mark.parametrize("label", ['sign with "EXIT" on it', "two\nlines", '"EXIT"'])
+def test_a_label_that_is_no_json_string_costs_no_box(label):
+    text = '[{"bbox_2d": [1, 2, 3, 4], "label": "%s"}, {"bbox_2d": [5, 6, 7, 8], "label": "b"}]' % label
+    assert parse_boxes(text) == ([Box(1, 2, 3, 4, label), Box(5, 6, 7, 8, "b")], True, 0)

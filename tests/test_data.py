@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import datetime
 import io
 import json
 import sys
@@ -95,7 +96,7 @@ def test_a_line_becomes_an_example(tmp_path, capsys):
     ({**GOOD, "image": {"unpacked": "a.png"}}, ["line 2", "'image'", "must be a path"]),
     ({**GOOD, "image": {"unpacked": "/etc/hostname"}}, ["line 2", "'image'", "must be a path"]),
     ("[" * 100_000, ["line 2", "not a JSON object"]),
-    ({**GOOD, "answer_form": "mca", "answer": "E", "options": ["red", "blue"]}, ["line 2", "'answer'", "only 2 options"]),
+    ({**GOOD, "answer_form": "mca", "answer": "E", "options": ["red", "blue"]}, ["line 2", "'answer'", "A to B"]),
     ({**GOOD, "answer": "?!"}, ["line 2", "'answer'", "no word"]),
     ({**GOOD, "image": "sliver.png"}, ["line 2", "'image'", "2010 x 10"]),
     ({**GOOD, "image": ["a.png", "a.png"]}, ["line 2", "'image'", "2 images"]),
@@ -410,6 +411,7 @@ def test_instructions_are_cut(sentence):
     "The answer sheet has one number circled. What number is it?", "Look. Select the tool in the man's hand.",
     "Here is a street. Read the letters on the left. Write the word on the sign.", "It is a form. Select the option that the pen points at.",
     "This is a poster. Count the panels of the step by step guide.",
+    "Look at the picture. Answer the question: what is the colour of the car", "Here is a worksheet. Write the answer to question 5.",
 ])
 def test_questions_stay(question):
     assert clean_question(question) == question
@@ -512,3 +514,38 @@ def test_options_in_a_column_and_in_the_question_are_listed_once(tmp_path):
         assert example.question == "Which?\nA. red\nB. blue" and example.options == ("red", "blue")
     [example] = load_data(write(tmp_path, row | {"options": ["one", "two", "three"]}))   # the lines are something else
     assert example.question == "Which?\n(A) red\n(B) blue\nA. one\nB. two\nC. three"
+
+
+def test_cells_that_json_does_not_know_are_read_or_refused(tmp_path):
+    """Typed writers (DuckDB, Spark) make binary and decimal columns; pandas a float column of whole numbers with a gap."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from decimal import Decimal
+    Image.new("RGB", (8, 6), "red").save(tmp_path / "a.png")
+
+    def load(**columns):
+        row = {name: [value] for name, value in ({"image": "a.png", "question": "How many?", "answer": "3"} | columns).items()}
+        pyarrow.parquet.write_table(pyarrow.table(row), tmp_path / "data.parquet")
+        return load_data(tmp_path / "data.parquet")[0]
+
+    import pyarrow.parquet
+    assert load(answer=Decimal("3.50"), answer_form="na").answer == "3.5"
+    assert load(answer=3.0).answer == "3" and load(question=b"How many?").question == "How many?"
+    with pytest.raises(InputError, match="'answer'.*date"):
+        load(answer=datetime.date(2020, 1, 2))
+
+
+def test_options_that_cannot_be_all_of_them(tmp_path):
+    with pytest.raises(InputError, match="one option only"):          # as numpy prints an array
+        load_data(write(tmp_path, {**GOOD, "options": "['(A) red' '(B) blue']", "answer": "A"}))
+    letters = {letter: f"option {letter}" for letter in "ABCDEFG"}
+    with pytest.raises(InputError, match="more than 6"):
+        load_data(write(tmp_path, {**GOOD, **letters, "answer": "B"}))
+    with pytest.raises(InputError, match="names a letter 'A. red'"):
+        load_data(write(tmp_path, {**GOOD, "question": "Which? A. red B. blue", "answer": "A. red"}))
+
+
+def test_broken_exif_is_found_where_images_are_read_to_their_end(tmp_path):
+    file = write(tmp_path, GOOD)
+    Image.new("RGB", (8, 6), "red").save(tmp_path / "a.png", exif=b"Exif\0\0no exif at all")
+    with pytest.raises(InputError, match="no example"):
+        load_data(file, skip_bad=True)

@@ -261,6 +261,23 @@ def test_results_of_other_code_or_other_weights_are_not_taken_for_these(folder, 
     assert main(asked) == 2 and "version_of_weights" in capsys.readouterr().err
 
 
+def test_results_of_other_images_are_not_taken_for_these(folder, data, tmp_path, capsys):
+    other = tmp_path / "other"
+    other.mkdir()
+    for image in tmp_path.glob("*.png"):
+        shutil.copy(image, other)
+    asked = flags(folder, data, tmp_path / "out", "--limit", "1", "--mode", "direct", "--pictures", "0")
+    assert main(asked) == 0 and main([*asked, "--images", str(other)]) == 2
+    assert "images was" in capsys.readouterr().err
+
+
+def test_what_is_thought_unasked_is_not_part_of_a_direct_answer(folder, monkeypatch):
+    monkeypatch.setattr(evaluation, "direct", lambda *a, **how: iter([group("A or B? It is red.</think>\n\nB")]))
+    example = Example(None, "Which?", "B", "mca", ("blue", "red"))
+    [record] = evaluation.ask(None, None, [example], Protocol(mode="direct"))
+    assert record["reward"] == 1
+
+
 def test_oracle_asks_where_there_are_boxes_and_nowhere_else(folder, tmp_path, capsys):
     noise(20, 20).save(tmp_path / "a.png")
     rows = [{"image": "a.png", "question": "What?", "answer": "red"} for _ in range(3)]

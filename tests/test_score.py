@@ -368,3 +368,33 @@ def test_the_judges_verdict_is_the_librarys_next_token(tiny):
 def test_an_option_that_is_made_of_letters_is_a_word():
     assert option_letter("It is a CD", ("CD", "DVD")) == "A"
     assert option_letter("It says AB, of course", ("cd", "ab")) == "B"
+
+
+@pytest.mark.parametrize("text, letter", [
+    ("B", "B"), ("F", "B"), ("E", None), ("The answer is B, F.", "B"), ("The letter on the sign is F, so B.", "B")])
+def test_a_letter_beyond_the_options_is_no_option(text, letter):
+    """Which letter is on the sign? A. K  B. F  C. P  D. T"""
+    assert option_letter(text, ("K", "F", "P", "T")) == letter
+
+
+@pytest.mark.parametrize("truth, right, wrong", [
+    ("B-", ["B-", "b-."], ["B", "B+"]), ("C#", ["C#", "c#."], ["C"]), ("A", ["A", "A."], ["A-"]), ("5", ["5"], ["\u20135", "\u22125"]),
+    ("-5", ["\u22125", "-5"], ["5"]), ("McDonald\u2019s", ["McDonald's"], ["McDonald"]), ("2010\u20132015", ["2010-2015"], ["2010"])])
+def test_signs_that_belong_to_a_word(truth, right, wrong):
+    for text in right:
+        assert score(f"<answer>{text}</answer>", example(truth)).reward == 1, text
+    for text in wrong:
+        assert score(f"<answer>{text}</answer>", example(truth)).reward == 0, text
+
+
+def test_blood_groups_are_told_apart():
+    options = ("A+", "B+", "O-", "B-")
+    assert [option_letter(text, options) for text in ("A+", "B-", "D", "D. B-", "B. B+")] == ["A", "D", "D", "D", "B"]
+
+
+@pytest.mark.parametrize("text, number", [
+    ("three (3)", 3), ("3 (three)", 3), ("one (1)", 1), ("Answer: one", 1), ("one dog and one cat", None),
+    ("3 on the left and one on the right", None), ("3 (4)", None), ("the red one", None)])
+def test_a_number_told_twice_is_one_and_two_numbers_are_none(text, number):
+    found = number_in(text)
+    assert (found and found[0]) == number
