@@ -19,6 +19,7 @@ import ast
 import base64
 import csv
 import dataclasses
+import glob
 import hashlib
 import inspect
 import itertools
@@ -52,8 +53,8 @@ from tqdm import tqdm
 
 import toy
 from crop import COLOURS, MAX_CROPS, MAX_RATIO, Box, gather, picture, to_rect, to_rgb
-from rollout import (DATA_FILES, FORMS, REGIONS, InputError, cached, direct, find, load, perceive,
-                     reason)
+from rollout import (DATA_FILES, FORMS, REGIONS, SHARD, InputError, cached, direct, find, load,
+                     perceive, reason)
 
 HERE = Path(__file__).parent
 LETTERS = "ABCDEF"  # no benchmark gives more than six options
@@ -675,11 +676,15 @@ def load_data(spec, images=None, skip_bad=False, flag="--data"):
 
 
 def data_files(spec, flag="--data"):
-    """The files that SPEC names: one, or the shards of one. Raises InputError if it is unclear."""
-    # Hidden folders are left out: version control and caches keep JSON of their own.
+    """The files that SPEC names: one, or all shards of one. Raises InputError if it is unclear."""
+    # A shard (x-00001-of-00007.parquet) stands for all of them. In a folder, hidden ones are left
+    # out: version control and caches keep JSON of their own.
     path = find(spec, flag, "dataset")
-    files = [path] if path.is_file() else sorted(path.rglob("*"))
-    files = [file for file in files if file.suffix in DATA_FILES]
+    if path.is_file():
+        folder, files = path.parent, path.parent.glob(SHARD.sub("-*-of-", glob.escape(path.name)))
+    else:
+        folder, files = path, path.rglob("*")
+    files = sorted(file for file in files if file.suffix in DATA_FILES)
     if path.is_dir():
         files = [file for file in files if not file.relative_to(path).parts[0].startswith(".")]
 
@@ -689,9 +694,14 @@ def data_files(spec, flag="--data"):
     need(files, f"{flag} {spec}: there is no file that ends in {', '.join(DATA_FILES)}")
 
     # One set in two formats would be read twice, and halve the error bar.
-    sets = {re.sub(r"-\d+-of-\d+(?=\.\w+$)", "", str(file)) for file in files}
-    choice = " or ".join(f"{spec}/{file.relative_to(path)}" for file in files[:4])
+    sets = {SHARD.sub("-of-", str(file)) for file in files}
+    choice = " or ".join(f"{spec}/{file.relative_to(folder)}" for file in files[:4])
     need(len(sets) == 1, f"{flag} {spec} holds several data files: name one of them, as {choice}")
+
+    # A part would pass for the whole.
+    total = re.search(r"-\d+-of-(\d+)\.\w+$", files[0].name)
+    if total and len(files) != int(total[1]):
+        raise InputError(f"{flag} {spec}: of its {int(total[1])} shards {len(files)} are here")
     return files
 
 

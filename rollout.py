@@ -828,8 +828,8 @@ def find(name, flag="--model", kind="model"):
     if kind == "dataset":
         refuse_several(name, flag, repository, inside)
     try:
-        folder = Path(snapshot_download(repository, repo_type=kind, allow_patterns=[
-            inside, f"{inside}/*"] if inside else None))
+        wanted = [SHARD.sub("-*-of-", inside), f"{inside}/*"] if inside else None
+        folder = Path(snapshot_download(repository, repo_type=kind, allow_patterns=wanted))
     except Exception as error:  # the hub's many errors share no narrower class across its versions
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise InputError(f"{flag} {name}: there is no such file or folder, and the hub did not "
@@ -840,6 +840,7 @@ def find(name, flag="--model", kind="model"):
 
 
 DATA_FILES = (".jsonl", ".json", ".tsv", ".csv", ".parquet")
+SHARD = re.compile(r"-\d+-of-")  # of a data file in several parts: x-00001-of-00007.parquet
 
 
 def refuse_several(name, flag, repository, inside):
@@ -854,7 +855,7 @@ def refuse_several(name, flag, repository, inside):
     below = f"{inside}/" if inside else ""
     files = sorted(f for f in listed if f.startswith(below) and f.endswith(DATA_FILES))
     files = [f for f in files if not f.startswith(".")]
-    sets = {re.sub(r"-\d+-of-\d+(?=\.\w+$)", "", f) for f in files}
+    sets = {SHARD.sub("-of-", f) for f in files}
     if len(sets) > 1 and f"{below}data.jsonl" not in files:
         first = " or ".join(f"{repository}/{f}" for f in files[:4])
         raise InputError(f"{flag} {name} holds several data files: name one of them, as {first}")

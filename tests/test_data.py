@@ -549,3 +549,18 @@ def test_broken_exif_is_found_where_images_are_read_to_their_end(tmp_path):
     Image.new("RGB", (8, 6), "red").save(tmp_path / "a.png", exif=b"Exif\0\0no exif at all")
     with pytest.raises(InputError, match="no example"):
         load_data(file, skip_bad=True)
+
+
+def test_a_shard_stands_for_its_set_and_a_part_is_no_whole(tmp_path):
+    Image.new("RGB", (8, 6), "red").save(tmp_path / "a.png")
+    for split, count in (("test", 1), ("train", 3)):
+        for i in range(count):
+            name = f"{split}-{i:05d}-of-{count:05d}.jsonl"
+            (tmp_path / name).write_text(json.dumps({**GOOD, "question": f"What is {name}?"}))
+    with pytest.raises(InputError, match="several data files"):
+        load_data(tmp_path)
+    assert len(load_data(tmp_path / "train-00001-of-00003.jsonl")) == 3
+    assert len(load_data(tmp_path / "test-00000-of-00001.jsonl")) == 1
+    (tmp_path / "train-00002-of-00003.jsonl").unlink()
+    with pytest.raises(InputError, match="of its 3 shards 2 are here"):
+        load_data(tmp_path / "train-00001-of-00003.jsonl")
