@@ -12,7 +12,8 @@ data files; the papers' tables, and where our protocol differs from the authors'
 # Ctrl-C while torch is imported would print a traceback. The program's own handlers come later.
 if __name__ == "__main__":
     import signal
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import ast
@@ -1269,24 +1270,26 @@ def run_program(name, main, arguments=None, hint=""):
 
 def ending_signals():
     """The signals that ask a program to end: Ctrl-C, SIGTERM, and SIGHUP, which Windows does not
-    know and nohup has ignored."""
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
-    return numbers
+    know. Not those that are ignored: nohup, or a script that starts it with &, wants it so."""
+    names = ("SIGINT", "SIGTERM", "SIGHUP")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    return [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
 
 
 def lock(path):
     """An open file that no other process can lock as long as this one lives.
 
-    Raises InputError where one has it. (Windows has no such locks: there nobody is warned.)
+    Raises InputError where one has it. (Windows and some network disks have no such locks: there
+    nobody is warned.)
     """
     file = path.open("w")
     if fcntl:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise InputError(f"{path.parent} is being used by another process") from error
+        except OSError:
+            pass  # no locks on this disk
     return file
 
 

@@ -27,7 +27,7 @@ Paper: arXiv 2607.01191. Where we depart from it, or from the authors' code, and
 
 import signal
 
-if __name__ == "__main__":
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
 
 import argparse
@@ -453,6 +453,8 @@ def settings_from(arguments):
     parser.add_argument("--resume", metavar="RUN", help="go on with this run; flags given here win")
     given = vars(parser.parse_args(arguments))
     resume = given.pop("resume")
+    for name in {"model", "data", "eval_data", "images", "judge"} & given.keys():
+        given[name] = from_anywhere(given[name])
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
@@ -477,6 +479,15 @@ def settings_from(arguments):
         for name, value in dataclasses.asdict(s).items():
             print(f"  {name:16} {value}")
     return s, resume is not None
+
+
+def from_anywhere(name):
+    """The path of a file or folder that is here as an absolute one: --resume may be typed in
+    another folder. Hub ids and words stay as they are."""
+    path = Path(name).expanduser()
+    if name in ("", "self", "none") or not path.exists():
+        return name
+    return str(path.absolute())
 
 
 def check(s):
@@ -783,7 +794,7 @@ class Run:
         self.interrupt = number
         for other in self.handlers:
             signal.signal(other, stop_at_once)
-        os.write(2, b"\nfinishing this step, then saving; once more stops at once\n")
+        say_or_be_silent(b"\nfinishing this step, then saving; once more stops at once\n")
 
     def log_accuracy(self, step, found):
         self.accuracy[step] = {"step": step, **found}
@@ -829,8 +840,7 @@ class Run:
                 raise InputError(f"{error}; not saved. With a lower --lr, {again}") from error
             if isinstance(error, InputError) and self.players and self.players.frozen:
                 if self.s.updates == 1:  # of several a part may be done: then the last one stays
-                    free_memory(error, self.optimizer)
-                    self.save()
+                    save_after(error, self)
                 raise InputError(f"{error}; {again}") from error
             if isinstance(error, (OSError, SafetensorError)):
                 raise InputError(f"cannot read or write: {error}; mend it; {again}") from error
@@ -876,15 +886,19 @@ class Ticker:
             self.bar.close()
 
 
-def free_memory(error, optimizer):
-    """Let go of the tensors that the frames of an error hold: where the GPU's memory ran out,
-    saving needs some."""
-    optimizer.discard()
+def save_after(error, run):
+    """Save a run that an error has ended, if that can be."""
+    # Where the GPU's memory ran out saving needs some, and the error's frames hold tensors.
+    run.optimizer.discard()
     while error:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+    # Should the disk be full, too, the user hears of the first error.
+    with contextlib.suppress(OSError, SafetensorError):
+        run.save()
 
 
 def checkpoints_of(folder):
@@ -905,6 +919,9 @@ def save_checkpoint(players, optimizer, step, folder):
             raise InputError(f"{name} is not finite after step {step}: not saved; resume with a "
                              f"lower --lr")
 
+    # What a kill has left half-written would stay for ever.
+    for half in (folder / "checkpoints").glob("step-*.new"):
+        shutil.rmtree(half)
     with written(folder / "checkpoints" / f"step-{step:05d}") as new:
         new.mkdir(parents=True)
         for name, group in tensors.items():
@@ -933,6 +950,17 @@ def restore(players, optimizer, checkpoint, total):
     return step
 
 
+def say_or_be_silent(text):
+    """Write to stderr. If nobody is there any more (the terminal was closed, or the same Ctrl-C has
+    ended `tee`), whatever is printed from now on goes nowhere, and stops nothing."""
+    try:
+        os.write(2, text)
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+
+
 def stop_at_once(number, frame):
     raise KeyboardInterrupt(number)
 
@@ -946,10 +974,13 @@ def kept_of(frozen, optimizer):
 def write_model(policy, s, folder):
     """An ordinary model folder: bf16 weights, every other file of the folder that the policy was
     loaded from, and the budgets of training, which eval.py takes over."""
-    # Tokenizer, image processor and configuration come along; weights of any format do not.
+    # Tokenizer, image processor and configuration come along; weights of any format do not, nor
+    # folders (a run's own might be among them).
     others = (".*", "*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5")
-    ignore = shutil.ignore_patterns(*others)
-    shutil.copytree(policy.name_or_path, folder, ignore=ignore)
+    folder.mkdir()
+    for file in Path(policy.name_or_path).iterdir():
+        if file.is_file() and not any(file.match(pattern) for pattern in others):
+            shutil.copyfile(file, folder / file.name)
     save_file(weights_of(policy), folder / "model.safetensors", metadata={"format": "pt"})
 
     # A model is best asked as it was trained.
@@ -986,10 +1017,10 @@ def settings_of_run(name, given):
 
     # RUN/final, RUN/phases/... and RUN/checkpoints/... mean RUN.
     folder = Path(name)
-    if folder.parent.name in ("checkpoints", "phases"):
-        folder = folder.parent.parent
-    elif folder.name in ("final", "checkpoints", "phases"):
-        folder = folder.parent
+    for candidate in (folder, *folder.absolute().parents[:2]):
+        if (candidate / "metrics.jsonl").is_file():
+            folder = candidate
+            break
     try:
         known = json.loads((folder / "config.json").read_text())
         if "schedule" not in known:
@@ -998,9 +1029,23 @@ def settings_of_run(name, given):
         raise InputError(f"--resume {name}: {folder} is no run folder, for its config.json cannot "
                          f"be read ({error}); start the run with its own command") from error
 
-    # A given flag wins. Whether it makes sense in the middle of a run is the user's to know.
+    # A given flag wins. Whether it makes sense in the middle of a run is the user's to know, but
+    # these cannot.
     if "out" in given:
         raise InputError(f"--resume {name} goes on in {folder}: leave --out away")
+    saved = checkpoints_of(folder)
+    if not saved and (folder / "final").is_dir():
+        raise InputError(f"{folder} is finished, and its checkpoints are gone: begin a new run "
+                         f"with --model {folder / 'final'}")
+    done = int(saved[-1].name[5:]) if saved else 0
+    steps, new_steps = known.get("steps", 0), given.get("steps", known.get("steps", 0))
+    if steps != new_steps and done > min(steps, new_steps):
+        raise InputError(f"--steps cannot change from {steps} to {new_steps} any more, as {done} "
+                         f"steps are done: a phase would end at another place; give --iterations")
+    measured = known.get("eval_data")
+    if measured and given.get("eval_data", measured) != measured:
+        raise InputError(f"{folder} is measured with {measured}: ask its weights other questions "
+                         f"with python eval.py --data")
     for key, value in given.items():
         if value != known.get(key):
             print(f"changed: --{key.replace('_', '-')} from {known.get(key)} to {value}")

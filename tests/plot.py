@@ -73,7 +73,7 @@ def draw(folder):
     for name, (colour, meaning) in ACCURACY.items():
         steps, numbers = values(accuracy, name)
         axes[0, 1].plot(steps, numbers, "o-", color=colour, markersize=4, label=meaning,
-                        clip_on=False)
+                        clip_on=not accuracy)
     axes[0, 1].set_title("held-out accuracy, greedy", loc="left")
     figure.legend(fontsize=8, frameon=False, ncols=4, loc="outside lower center")
 

@@ -440,6 +440,23 @@ def test_a_signal_ends_the_program_with_one_line(number, capsys):
     assert signal.getsignal(number) == before
 
 
+def test_a_signal_that_is_ignored_stays_ignored(monkeypatch):
+    """As nohup and a script's & want it."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        before = signal.signal(number, signal.SIG_IGN)
+        try:
+            assert number not in evaluation.ending_signals() and signal.SIGTERM in evaluation.ending_signals()
+        finally:
+            signal.signal(number, before)
+
+
+def test_a_disk_without_locks_is_no_second_process(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(38, "Function not implemented")
+    monkeypatch.setattr(evaluation.fcntl, "flock", no_locks)
+    evaluation.lock(tmp_path / "lock").close()
+
+
 def test_what_a_user_can_mend_is_one_line_and_a_fault_of_ours_is_not_hidden(capsys):
     def fails(error):
         def work(arguments):

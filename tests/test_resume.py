@@ -506,3 +506,67 @@ def test_pickled_weights_are_never_opened(folder, tmp_path):
     with pytest.raises(InputError, match="cannot be loaded"):
         rollout.load(tmp_path / "model", 4096)
     assert not (tmp_path / "executed").exists()
+
+
+# --- what a user may do
+
+
+def test_a_run_inside_its_model_folder_does_not_copy_itself(folder, data, tmp_path, scripted):
+    model = shutil.copytree(folder, tmp_path / "model")
+    go(settings(model, data, model / "runs" / "one", eval_data="", sample_every=0))
+    final = model / "runs" / "one" / "final"
+    assert {path.name for path in final.iterdir()} == {path.name for path in Path(folder).iterdir()} | {"p2r.json"}
+
+
+def test_a_finished_run_without_checkpoints_is_refused(folder, data, tmp_path, scripted):
+    run = go(settings(folder, data, tmp_path / "run", eval_data="", sample_every=0))
+    shutil.rmtree(run / "checkpoints")
+    before = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(InputError, match="checkpoints are gone"):
+        main(["--resume", str(run), "--iterations", "2"])
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_steps_and_held_out_questions_stay_what_they_are(folder, data, tmp_path, scripted):
+    run = go(settings(folder, data, tmp_path / "run", sample_every=0))
+    with pytest.raises(InputError, match="--steps cannot change from 3 to 2 any more"):
+        main(["--resume", str(run), "--iterations", "2", "--steps", "2"])
+    other = shutil.copy(data, tmp_path / "other.jsonl")
+    with pytest.raises(InputError, match="ask its weights other questions"):
+        main(["--resume", str(run), "--eval-data", str(other)])
+
+
+def test_a_run_goes_on_from_another_folder(folder, data, tmp_path, monkeypatch, scripted):
+    """Paths are kept as absolute ones; and a run may be called as a part of one."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(data.parent)
+    flags = ["--model", str(folder), "--max-pixels", "4096", "--steps", "1", "--questions", "2", "--group", "2",
+             "--perceive-tokens", "4", "--reason-tokens", "4"]
+    main([*flags, "--data", data.name, "--out", str(tmp_path / "a" / "checkpoints" / "one")])
+    monkeypatch.chdir(tmp_path / "a" / "checkpoints")
+    main(["--resume", "one", "--iterations", "2"])
+    assert len(metrics(tmp_path / "a" / "checkpoints" / "one")) == 4
+
+
+def test_what_a_kill_left_half_written_goes_with_the_next_checkpoint(folder, data, tmp_path, scripted):
+    half = tmp_path / "run" / "checkpoints" / "step-00001.new"
+    half.mkdir(parents=True)
+    s = settings(folder, data, tmp_path / "run", eval_data="", sample_every=0)
+    go(s, resumed=True)
+    assert not half.exists()
+
+
+def test_a_signal_to_a_run_whose_terminal_is_gone_saves_it(folder, data, tmp_path):
+    """Ctrl-C reaches `tee`, too: nobody reads what the run prints from then on."""
+    run = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "p2r_min.py"), "--model", str(folder), "--data", str(data), "--max-pixels", "4096",
+               "--questions", "2", "--group", "2", "--perceive-tokens", "4", "--reason-tokens", "4", "--save-every", "0", "--out", str(run)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while not (run / "metrics.jsonl").exists() or not metrics(run):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    process.wait(timeout=60)
+    assert list((run / "checkpoints").glob("step-*"))
