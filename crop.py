@@ -217,6 +217,8 @@ def _quotes_escaped(piece):
     found = re.search(r'"label"\s*:\s*"', piece)
     if not found:
         return ""
+
+    # The label ends with the last quote that there is.
     label, _, rest = piece[found.end():].rpartition('"')
     return piece[:found.end() - 1] + json.dumps(label) + rest
 
@@ -243,6 +245,7 @@ def _read_number(value):
 
 def iou(a, b):
     """Intersection over union of two boxes, 0..1."""
+    # The rectangle that they share, if they share one.
     width = min(a.x2, b.x2) - max(a.x1, b.x1)
     height = min(a.y2, b.y2) - max(a.y1, b.y1)
     if width <= 0 or height <= 0:
@@ -255,6 +258,7 @@ def iou(a, b):
 
 def to_box(rect, size, label=""):
     """A rect of an image of size (width, height) -> its Box, rounded to whole numbers."""
+    # The way back from `to_rect`, for data that has boxes in pixels.
     width, height = size
     left, top, right, bottom = rect
     return Box(round(1000 * left / width), round(1000 * top / height),
