@@ -117,9 +117,9 @@ def grade(pairs, judge=None, whole_text=False):
 def score(text, example, whole_text=False):
     """One text -> Score. What stands inside the last <answer>..</answer> counts, and nothing else.
 
-    whole_text: a text without these tags is read as a whole. In the perception phase the frozen
-    Reasoner is read so, as the authors do: it cannot learn the tags, and the Perceiver should not
-    pay for them. The trained role and evaluation need the tags.
+    whole_text: of a text without these tags all that follows its thoughts is read. So it is with
+    the frozen Reasoner of the perception phase, as the authors do: it cannot learn the tags, and
+    the Perceiver should not pay for them. The trained role and evaluation need the tags.
     """
     answer = answer_in(text, whole_text)
     answered = answer_in(text) is not None
@@ -489,7 +489,8 @@ def undressed(text):
     return " ".join(re.sub(r"\s*[\n\r]\s*", "; ", text.strip()).split())
 
 
-# Punctuation that never belongs to a word. $ + - % and the dot may: "-5", "$5", "C++", ".5".
+# Punctuation that never belongs to a word, but for the # of C#. $ + - % and the dot may: "-5",
+# "$5", "C++", ".5".
 MARKS = "!\"#&'()*,/:;<=>?@[\\]^_`{|}~“”‘’«»…。、·¿¡—–"
 
 
@@ -1074,7 +1075,9 @@ def split_options(question):
 #     <answer> the last counts; the authors take the first.
 #  5. Images are turned upright (EXIF), and what is transparent is white. Crops are rounded
 #     outwards.
-#  6. `think` and `direct` run under the same budgets and penalty, `direct` with the Reasoner's
+#  6. A model that training wrote is asked under the limits of its training (its p2r.json), unless a
+#     flag says otherwise.
+#  7. `think` and `direct` run under the same budgets and penalty, `direct` with the Reasoner's
 #     limit, which is longer than a plain answer needs; the papers' baselines may not have.
 
 
@@ -1117,7 +1120,7 @@ def print_accuracy(columns):
     # Kinds of questions, where there is more than one.
     if len(last["categories"]) > 1:
         for kind in last["categories"]:
-            # (None: a run that goes on with other held-out questions has other kinds at first.)
+            # (None: the held-out file was changed since then, and has other kinds now.)
             shares = [result["categories"].get(kind, [None])[0] for _, result in columns]
             cells = ["-" if share is None else f"{share:.3f}" for share in shares]
             print(f"{'':7}{'p2r, ' + kind:45}" + "".join(f"{cell:>10}" for cell in cells))
@@ -1337,7 +1340,7 @@ class Task:
 
 
 def earlier_records(out, config, examples):
-    """The records that an earlier run left in the folder `out`, if it was asked the same; else [].
+    """The records that an earlier run left in the folder `out`; [] where there are none.
 
     A last line that a kill left half is none. Raises InputError where other results are in the way.
     """
@@ -1432,7 +1435,7 @@ def run_data(task, protocol):
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     results.write_text("".join(json.dumps(record) + "\n" for record in records))
 
-    # Ask the rest; each record is on disk before the next one is made.
+    # Ask the rest. Records come a chunk at a time, and are on disk as soon as they come.
     rest, start = examples[len(records):], time.perf_counter()
     asked = ask(model, codec, rest, protocol, judge)
     with results.open("a") as lines:

@@ -262,11 +262,11 @@ class MasterAdamW:
     still summed on the GPU and crosses once a step; the rounded weights cross on the way back.
     """
 
-    def __init__(self, model, lr, betas=(0.9, 0.999), weight_decay=0.01, offload=False):
+    def __init__(self, model, lr, weight_decay=0.01, offload=False):
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.names = [name for name, _ in named]
         self.params = [p for _, p in named]
-        self.options = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "fused": True}
+        self.options = {"lr": lr, "weight_decay": weight_decay, "fused": True}
 
         home = "cpu" if offload else self.params[0].device
         self.masters = [p.detach().to(home, torch.float32, copy=True) for p in self.params]

@@ -445,12 +445,14 @@ PHASES["thinking"] = thinking
 def settings_from(arguments):
     """The command line, made from Settings -> (Settings, is a run resumed?).
 
-    A given flag wins over the toy's or the run's value. Raises InputError.
+    A given flag wins over the toy's value, or over the run's (see `settings_of_run`). Raises
+    InputError.
     """
     # Only flags that were given are in `given`.
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     evaluation.add_flags(parser, Settings)
-    parser.add_argument("--resume", metavar="RUN", help="go on with this run; flags given here win")
+    parser.add_argument("--resume", metavar="RUN",
+                        help="go on with this run; most flags given here win")
     given = vars(parser.parse_args(arguments))
     resume = given.pop("resume")
     for name in {"model", "data", "eval_data", "images", "judge"} & given.keys():
@@ -530,12 +532,12 @@ def prepare(s):
 
     # Whether questions fit into a prompt is known once there is a tokenizer.
     policy, codec = load(source, s.max_pixels)
-    check_memory(policy, s)
     longest = max(s.perceive_tokens, s.reason_tokens)
     examples = fitting(codec, examples, longest, s.skip_bad)
     held_out = fitting(codec, held_out, longest, s.skip_bad)
     if s.checkpointing:
         grpo.checkpoint_activations(policy)
+    check_memory(policy, s)
 
     # "self" stays a word: the frozen copy that it means does not exist yet.
     judge = None if s.judge == "none" else s.judge
@@ -549,7 +551,9 @@ def check_memory(policy, s):
     other copies of the model are made."""
     if policy.num_parameters() < 10**8:
         return  # the toy fits anywhere
-    peaks = estimate_memory(policy.config, policy.num_parameters(), policy.dtype.itemsize, s)
+    trained = policy.num_parameters(only_trainable=True)
+    peaks = estimate_memory(
+        policy.config, policy.num_parameters(), policy.dtype.itemsize, s, trained)
     told = ", ".join(f"{gib:.1f} GiB while {doing}" for doing, gib in peaks.items())
     if policy.device.type != "cuda":
         print(f"memory, computed: {told}")
@@ -569,9 +573,10 @@ def check_memory(policy, s):
     raise InputError(f"this run would take {told}, but the GPU has {free:.1f} for it: {remedy}")
 
 
-def estimate_memory(config, parameters, size, s):
+def estimate_memory(config, parameters, size, s, trained=None):
     """Peak GiB on a GPU, {"sampling": .., "updating": ..}: arithmetic on the model's config, its
-    number of parameters, the bytes of a value in its compute type and the Settings.
+    number of parameters, the bytes of a value in its compute type, the Settings, and how many of
+    the parameters are trained (None: all; of the others there is no second copy).
 
     Every prompt and response is taken as long as it may be, and both roles as trained. 1 GiB is
     added for the driver and the kernels' own; a judge model comes on top. tests/test_memory.py
@@ -585,9 +590,10 @@ def estimate_memory(config, parameters, size, s):
     features = len(vision.deepstack_visual_indexes)                 # DeepStack: besides the last
 
     # Policy and frozen copy; float32 masters and two moments.
-    static = parameters * 2 * size
+    trained = parameters if trained is None else trained
+    static = (parameters + trained) * size
     if not s.offload:
-        static += parameters * 3 * 4
+        static += trained * 3 * 4
 
     sampling, updating = [], []
     for images, R in ((1, s.perceive_tokens), (1 + MAX_CROPS, s.reason_tokens)):
@@ -629,8 +635,8 @@ def estimate_memory(config, parameters, size, s):
             work = (vision.depth * tower + layers * layer) * size + max(gradients, logits)
 
         # The float32 sum of all gradients, and the next one of the embedding.
-        embedding = text.vocab_size * hidden * size
-        updating.append(4 * parameters + inputs * size + work + embedding)
+        embedding = text.vocab_size * hidden * size if trained == parameters else 0
+        updating.append(4 * trained + inputs * size + work + embedding)
     return {"sampling": (static + max(sampling)) / 2**30 + 1,
             "updating": (static + max(updating)) / 2**30 + 1}
 
@@ -710,7 +716,7 @@ def metrics_of(experience):
         "whole_boxes": mean(box.area >= WHOLE for box in boxes),
 
         # Answers without <answer>: of the trained Reasoner (they earn 0), of the frozen one (they
-        # are read as a whole).
+        # are read after their thoughts).
         "unanswered": mean(not score.answered for score in own),
         "untagged": mean(not score.answered for score in partners),
 
@@ -744,7 +750,7 @@ def save_sample(folder, step, phase, rollout, codec):
 class Run:
     """A run's folder, as a context: `with Run(s, resumed) as run: train(s, run)`.
 
-        config.json            the settings
+        config.json, lock      the settings; what tells a second process that this one is at work
         metrics.jsonl          a line a step: metrics_of, grpo.update_batch, seconds_*, peak_gib
         accuracy.jsonl         a line a measurement: eval.evaluate
         samples/               pictures
@@ -896,8 +902,8 @@ def save_after(error, run):
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
-    # Should the disk be full, too, the user hears of the first error.
-    with contextlib.suppress(OSError, SafetensorError):
+    # Should the disk be full, too, or the weights damaged, the user hears of the first error.
+    with contextlib.suppress(OSError, SafetensorError, InputError):
         run.save()
 
 
@@ -936,7 +942,7 @@ def restore(players, optimizer, checkpoint, total):
     step = int(checkpoint.name[5:])
     if step > total:
         raise InputError(f"{checkpoint.parents[1]} has done {step} steps, but these settings make "
-                         f"{total}: give more --steps or --iterations")
+                         f"{total}: give more --iterations")
 
     # (If a phase begins there, it makes its own frozen copy.)
     try:

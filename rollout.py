@@ -118,7 +118,8 @@ def reasoner_prompt(codec, image, boxes, question, answer_form, evidence="both")
 @dataclass
 class Prompt:
     """One encoded prompt, on the CPU, without padding. `Codec.encode` makes it: the chat template
-    around images, then text, in which one token stands for each square of 32 x 32 pixels."""
+    around images, then text, in which one token stands for each square of 32 x 32 pixels (in the
+    toy: of 16 x 16)."""
     ids: torch.Tensor        # (P,) token ids, every image expanded to its visual tokens
     positions: torch.Tensor  # (3, P) temporal, height and width positions (M-RoPE)
     pixels: torch.Tensor     # (patches, channels * temporal * patch * patch)
@@ -195,7 +196,7 @@ def sample(model, codec, prompts, *, group=1, greedy=False, max_tokens, rows, ge
     finished, due = {}, 0        # groups that wait for an earlier one, and which one is next
 
     with out_of_memory("sampling", "halve --rollout-batch and --partner-batch (after that, in a "
-                                   "new run, --max-pixels or --reason-tokens)"):
+                                   "new run, --max-pixels or --reason-tokens); of eval.py --batch"):
         while True:
             # 1. Free rows take the next prompts. What their prefill predicts is the first token
             #    of all G responses; older rows are in the middle of theirs.
@@ -262,8 +263,8 @@ def shared_prefix_attention(query, key, value, lengths, scaling):
     its responses, which follow each other along L. (B is 1, but prefill has prompts alone, in
     batches.) Returns (B, heads, L, d).
 
-    The library calls it in every layer: `load` registers it (through `group_attention`) as its
-    attention, and the lengths come where a mask would, as `attention_mask` of the model's forward.
+    The library calls it in every layer, through `group_attention`, which is registered below as an
+    attention of the library. The lengths come where a mask would, as the forward's attention_mask.
     """
     # A dense (L, L) mask says the same, but takes 0.6 GB at L = 25,000 and keeps PyTorch off its
     # flash kernel.

@@ -13,8 +13,9 @@ takes most downhill stripes for uphill ones. Each role has something to unlearn.
 reinforcement learning, from final answers alone: training never uses the true boxes, and its scenes
 are not those of the warm start.
 
-`defaults()` is all that p2r_min.py knows of this file: paths of an ordinary Hugging Face folder
-and of ordinary JSONL folders, and settings of the right size. All the rest is the real code.
+`defaults()` and WARM_START are all that p2r_min.py knows of this file: paths of an ordinary Hugging
+Face folder and of ordinary JSONL folders, and settings of the right size. All the rest is the real
+code.
 """
 
 # =============================================================================================

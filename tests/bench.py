@@ -15,7 +15,7 @@ A row is a ratio, theirs over ours, of medians taken in turn in one process on t
     phases      (--gpu) both phases and their updates at full size; boxes, rewards, lengths forced
 
 Shapes are [P, R, G]: prompt tokens, response tokens, samples a group. GiB is what a run adds to
-what was there before it (weights, optimizer). Values don't matter to speed: weights are random.
+what was there before it (weights, optimizer); of `phases` all of it. Values don't matter to speed: weights are random.
 """
 
 import argparse

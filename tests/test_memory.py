@@ -272,7 +272,7 @@ def test_a_run_that_cannot_fit_the_card_is_refused_in_one_sentence(monkeypatch, 
     class OnCard:
         config, dtype, device = full_config(), torch.bfloat16, torch.device("cuda")
 
-        def num_parameters(self):
+        def num_parameters(self, only_trainable=False):
             return 2_127_532_032
 
     def card_of(gib):
@@ -353,3 +353,13 @@ def test_the_hours_follow_from_the_numbers_that_are_given(capsys):
 def test_decode_steps_of_equal_lengths_are_waves():
     """Seven prompts of 10 tokens on three rows take three waves."""
     assert hours.decode_steps(7, 3, 2, mean=10, sigma=0, limit=99) == pytest.approx((30, 10))
+
+
+def test_what_is_not_trained_has_no_second_copy_no_masters_and_no_gradients():
+    """LoRA: 4 % of the weights trained. Two thirds of what is static, and nearly all gradients, go."""
+    config, all_of_them = full_config(), 2_127_532_032
+    full = estimate_memory(config, all_of_them, 2, Settings())
+    part = estimate_memory(config, all_of_them, 2, Settings(), trained=all_of_them // 25)
+    saved = all_of_them * 24 / 25 / GIB
+    assert full["sampling"] - part["sampling"] == pytest.approx(saved * (2 + 12), abs=0.01)
+    assert full["updating"] - part["updating"] == pytest.approx(saved * (2 + 12 + 4) + 0.58, abs=0.01)
