@@ -16,6 +16,7 @@ from crop import Box
 from eval import Example
 from experiment import SCHEDULES, right_texts, settings
 from p2r_min import Experience, Players, Rollout
+from rollout import InputError
 
 PHASES = {name: schedule.phases for name, schedule in SCHEDULES.items()}
 
@@ -300,3 +301,13 @@ def test_results_of_other_updates_are_refused(tmp_path):
         experiment.collect(tmp_path, 168)
     with pytest.raises(rollout.InputError, match="no finished run"):
         experiment.collect(tmp_path / "elsewhere", 168)
+
+
+def test_more_seeds_are_added_to_the_results():
+    def result(*runs, updates=168):
+        return {"updates": updates, "runs": [{"schedule": name, "seed": seed, "n": n} for name, seed, n in runs]}
+
+    both = experiment.added(result(("joint", 0, 1), ("think", 1, 2)), result(("joint", 2, 3), ("think", 1, 4)))
+    assert both == result(("joint", 0, 1), ("think", 1, 4), ("joint", 2, 3))
+    with pytest.raises(InputError, match="168 updates, the runs of 24"):
+        experiment.added(result(), result(updates=24))
