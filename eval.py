@@ -18,6 +18,7 @@ if __name__ == "__main__":
 import argparse
 import ast
 import base64
+import contextlib
 import csv
 import dataclasses
 import glob
@@ -790,11 +791,12 @@ def unpacked_rows(file):
 
 def json_value(cell):
     """A cell that JSON does not know, as one that it does: bytes as text, a decimal as a number.
-    Of anything else, such as a date, only its type: no field of an example can be one."""
-    if isinstance(cell, bytes):
-        return cell.decode(errors="surrogateescape")  # what is no text is refused by `as_text`
+    Of anything else (a date, or bytes that are no text) only the type: no field can be one."""
     if isinstance(cell, Decimal):
         return float(cell)
+    if isinstance(cell, bytes):
+        with contextlib.suppress(UnicodeDecodeError):
+            return cell.decode()
     return {"type": type(cell).__name__}
 
 
@@ -950,7 +952,8 @@ def question_and_options(row, fields):
         question, options = rest, options or written
     question = clean_question(question)
     need(question, "the field 'question' is empty")
-    need(len(options) <= len(LETTERS) and row.get("G") in (None, ""),
+    seventh = row.get("G") if letters == list(LETTERS) else None
+    need(len(options) <= len(LETTERS) and (seventh in (None, "") or seventh != seventh),
          f"the field 'options' holds more than {len(LETTERS)}")
     need(len(options) != 1, f"the field 'options' holds one option only: {str(options)[:80]}")
     options = [as_text(option, "options") for option in options]

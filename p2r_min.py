@@ -1036,27 +1036,40 @@ def settings_of_run(name, given):
                          f"be read ({error}); start the run with its own command") from error
 
     # A given flag wins. Whether it makes sense in the middle of a run is the user's to know, but
-    # these cannot.
-    if "out" in given:
-        raise InputError(f"--resume {name} goes on in {folder}: leave --out away")
-    saved = checkpoints_of(folder)
-    if not saved and (folder / "final").is_dir():
-        raise InputError(f"{folder} is finished, and its checkpoints are gone: begin a new run "
-                         f"with --model {folder / 'final'}")
-    done = int(saved[-1].name[5:]) if saved else 0
-    steps, new_steps = known.get("steps", 0), given.get("steps", known.get("steps", 0))
-    if steps != new_steps and done > min(steps, new_steps):
-        raise InputError(f"--steps cannot change from {steps} to {new_steps} any more, as {done} "
-                         f"steps are done: a phase would end at another place; give --iterations")
-    measured = known.get("eval_data")
-    if measured and given.get("eval_data", measured) != measured:
-        raise InputError(f"{folder} is measured with {measured}: ask its weights other questions "
-                         f"with python eval.py --data")
+    # for what cannot.
+    refuse_changes(folder, known, given)
     for key, value in given.items():
         if value != known.get(key):
             print(f"changed: --{key.replace('_', '-')} from {known.get(key)} to {value}")
     known = {key: value for key, value in known.items() if key in Settings.__dataclass_fields__}
     return Settings(**known | given | {"out": str(folder)})
+
+
+def refuse_changes(folder, known, given):
+    """Raises InputError if the run in `folder`, made with the settings `known`, cannot go on with
+    the flags `given`."""
+    if "out" in given:
+        raise InputError(f"--resume goes on in {folder}: leave --out away")
+
+    # It would begin again, over its own results.
+    saved = checkpoints_of(folder)
+    if not saved and (folder / "final").is_dir():
+        raise InputError(f"{folder} is finished, and its checkpoints are gone: begin a new run "
+                         f"with --model {folder / 'final'}")
+
+    # A phase that has begun would end at another place, or have ended already.
+    done = int(saved[-1].name[5:]) if saved else 0
+    steps = known.get("steps", 0)
+    new_steps = given.get("steps", steps)
+    if steps != new_steps and done > min(steps, new_steps):
+        raise InputError(f"--steps cannot change from {steps} to {new_steps} any more, as {done} "
+                         f"steps are done: give --iterations")
+
+    # One table would compare different questions.
+    measured = known.get("eval_data")
+    if measured and given.get("eval_data", measured) != measured:
+        raise InputError(f"{folder} is measured with {measured}: ask its weights other questions "
+                         f"with python eval.py --data")
 
 
 @contextlib.contextmanager

@@ -260,7 +260,7 @@ def ask_afterwards(folder, name, s, updates):
     found["swapped"]["reasoner"] = accuracy(before, after, codec, held_out, s, s.evidence)
 
     # Only where it could decide between schedules, and not of every seed: it takes as long as 16
-    # updates, and the cosines of 12 seeds are within a hundredth of their means.
+    # updates, and 12 seeds tell the cosines between the two roles to a hundredth.
     if name in ("alternate", "joint", "perceiver", "reasoner") and s.seed < SEEDS:
         found["overlap"]["0-start"] = overlap(before, codec, examples, s)
         for end in ends:

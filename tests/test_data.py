@@ -530,6 +530,9 @@ def test_cells_that_json_does_not_know_are_read_or_refused(tmp_path):
     import pyarrow.parquet
     assert load(answer=Decimal("3.50"), answer_form="na").answer == "3.5"
     assert load(answer=3.0).answer == "3" and load(question=b"How many?").question == "How many?"
+    assert load(mask=b"\xff\xfe").answer == "3"                                # bytes that nobody asks for
+    with pytest.raises(InputError, match="'question'.*bytes"):
+        load(question=b"\xff\xfe")
     with pytest.raises(InputError, match="'answer'.*date"):
         load(answer=datetime.date(2020, 1, 2))
 
@@ -540,6 +543,10 @@ def test_options_that_cannot_be_all_of_them(tmp_path):
     letters = {letter: f"option {letter}" for letter in "ABCDEFG"}
     with pytest.raises(InputError, match="more than 6"):
         load_data(write(tmp_path, {**GOOD, **letters, "answer": "B"}))
+    [example] = load_data(write(tmp_path, {**GOOD, **letters, "G": float("nan"), "answer": "B"}))   # pandas' nothing
+    assert len(example.options) == 6
+    [example] = load_data(write(tmp_path, {**GOOD, "G": "another column"}))
+    assert example.options == ()
     with pytest.raises(InputError, match="names a letter 'A. red'"):
         load_data(write(tmp_path, {**GOOD, "question": "Which? A. red B. blue", "answer": "A. red"}))
 
