@@ -21,7 +21,11 @@ from crop import Box, Parsed
 from eval import Score
 from p2r_min import Run, Settings, train
 
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would stay ignored
+
+# Started by nohup, or by a script's &, these would stay ignored; the tests send them.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
