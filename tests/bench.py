@@ -96,14 +96,15 @@ def full_config():
         vision_end_token_id=151653, tie_word_embeddings=True)
 
 
-def build(config):
+def build(config, dtype=None):
     """A random model on DEVICE as rollout.load and training have it: float32 on a CPU, bf16 on a
-    GPU, activations checkpointed."""
+    GPU (or of `dtype`), activations checkpointed."""
     torch.manual_seed(0)
     torch.backends.cuda.enable_cudnn_sdp(False)
+    dtype = dtype or (torch.float32 if DEVICE == "cpu" else torch.bfloat16)
     with torch.device(DEVICE):
         model = Qwen3VLForConditionalGeneration._from_config(
-            config, dtype=torch.float32 if DEVICE == "cpu" else torch.bfloat16,
+            config, dtype=dtype,
             attn_implementation={"text_config": "group", "vision_config": "sdpa"})
     grpo.checkpoint_activations(model)
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
@@ -588,7 +589,9 @@ def noise_example(seed, side):
 
 
 def row_phases(args):
-    """Both phases with their update. Three boxes a list, half of a group's lists distinct."""
+    """Both phases with their update. Three boxes a list, half of a group's lists distinct; lengths
+    as tests/hours.py has them, log-normal around 80 and 250 tokens. (The table is made for the
+    longest that are allowed, so memory is that of the real thing.)"""
     small = DEVICE == "cpu"
     smaller = dict(group=4, max_pixels=64 * 1024, perceive_tokens=6, reason_tokens=8)
     s = p2r_min.Settings(questions=args.questions, **smaller if small else {})
@@ -622,40 +625,96 @@ def row_phases(args):
 
     for phase in tqdm(p2r_min.SCHEDULES["alternate"], "phases"):
         generator = torch.Generator(DEVICE).manual_seed(0)
+        spent = {}
         with mock.patch.object(rollout, "parse_boxes", boxes), \
-                mock.patch.object(p2r_min, "pay", pay):
+                mock.patch.object(p2r_min, "pay", pay), \
+                mock.patch.object(rollout, "InProgress", Scripted), \
+                mock.patch.object(rollout, "prefetch", waited(rollout.prefetch, spent)), \
+                mock.patch.object(rollout, "prefill", watched(rollout.prefill, spent)), \
+                mock.patch.object(rollout, "decode_step", watched(rollout.decode_step, spent)):
             sampling, _, experience = timed(
                 lambda: p2r_min.PHASES[phase](players, examples, s, generator))
         rollout_gib = peak()
         groups = experience.groups
-        updating, _, _ = timed(lambda: grpo.update_batch(
+        updating, _, metrics = timed(lambda: grpo.update_batch(
             model, players.frozen, optimizer, groups, banned=codec.banned, kl=s.kl, clip=s.clip,
             max_norm=s.max_grad_norm))
         update_gib = peak()
+        estimate = p2r_min.estimate_memory(
+            config, model.num_parameters(), model.dtype.itemsize, s)
         yield phase_figures(phase, s, model, experience, sampling, updating, *card) | dict(
-            ours_gib=max(rollout_gib, update_gib), rollout_gib=rollout_gib, update_gib=update_gib)
+            ours_gib=max(rollout_gib, update_gib), rollout_gib=rollout_gib, update_gib=update_gib,
+            estimate_gib=estimate, sampler_gap=metrics["sampler_gap"], kl=metrics["kl"],
+            entropy=metrics["entropy"], **spent)
+
+
+class Scripted(rollout.InProgress):
+    """A row of the sampler whose responses end after scripted lengths."""
+
+    def __init__(self, order, prompt, group):
+        super().__init__(order, prompt, group)
+        mean, sigma = (80, 0.4) if len(prompt.grids) == 1 else (250, 0.5)
+        rng = numpy.random.default_rng(order)
+        self.lengths = rng.lognormal(math.log(mean) - sigma**2 / 2, sigma, group).clip(2)
+
+    def take(self, ids, logps, stops, max_tokens):
+        super().take(ids, logps, stops, max_tokens)
+        self.alive = {g for g in self.alive if self.t < self.lengths[g]}
+
+
+def watched(function, spent):
+    """The function, its calls counted and their seconds summed in `spent`."""
+    def run(*inputs):
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        start = clock()
+        result = function(*inputs)
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        name = function.__name__
+        spent[f"{name}_calls"] = spent.get(f"{name}_calls", 0) + 1
+        spent[f"{name}_s"] = spent.get(f"{name}_s", 0) + clock() - start
+        return result
+    return run
+
+
+def waited(prefetch, spent):
+    """`prefetch`, with the seconds that the sampler waits for it summed in `spent`."""
+    def run(*inputs):
+        prompts = prefetch(*inputs)
+        while True:
+            start = clock()
+            try:
+                prompt = next(prompts)
+            except StopIteration:
+                return
+            finally:
+                spent["prompts_s"] = spent.get("prompts_s", 0) + clock() - start
+            yield prompt
+    return run
 
 
 def phase_figures(phase, s, model, experience, sampling, updating, flops, bandwidth):
     """A phase's row: seconds, and how far decoding and the update are from the card's limits."""
-    R = s.perceive_tokens if phase == "perception" else s.reason_tokens
-    prompts, Q = [group.prompt for group in experience.groups], s.questions
+    groups, Q = experience.groups, s.questions
+    lengths = [[len(c.ids) for c in group.completions] for group in groups]
     own = sampling - experience.partner_seconds
 
     # The update: three times a forward for the policy, once the reference. Decoding reads all
     # weights and the rows in use once a step.
-    work = sum(4 * forward_flops(model, prompt, [R] * s.group) for prompt in prompts)
+    work = sum(4 * forward_flops(model, group.prompt, R) for group, R in zip(groups, lengths))
+    R, tokens = mean_of(map(mean_of, lengths)), sum(map(sum, lengths))
     c, width = model.config.text_config, model.dtype.itemsize
     kv = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * width
-    rows, P = min(s.rollout_batch, Q), max(len(prompt.ids) for prompt in prompts)
+    rows, P = min(s.rollout_batch, Q), max(len(group.prompt.ids) for group in groups)
     head = sum(p.numel() for p in model.model.language_model.parameters()) * width
     step_bytes = head + kv * rows * (P + s.group * R / 2)
     return dict(
-        row=phase, shape=[round(mean_of(len(p.ids) for p in prompts)), R, s.group],
+        row=phase, shape=[round(mean_of(len(g.prompt.ids) for g in groups)), round(R), s.group],
         ours_s=sampling + updating, parameters=model.num_parameters(), questions=Q,
         partner_calls=experience.partner_calls, rollout_s_per_question=own / Q,
         partner_s_per_question=experience.partner_seconds / Q,
-        update_s_per_question=updating / Q, tokens_per_s=Q * s.group * R / own,
+        update_s_per_question=updating / Q, tokens_per_s=tokens / own,
         decode_bound_tokens_per_s=rows * s.group * bandwidth / step_bytes if bandwidth else None,
         update_tflop=work / 1e12, update_mfu=work / updating / flops if flops else None)
 

@@ -1,11 +1,13 @@
-"""Hours of the paper's run, 2 x 156 steps of the 2B model on one H100: modelled, not measured.
+"""Hours of the paper's run, 2 x 156 steps of the 2B model on one H100, modelled from single steps.
 
     python tests/hours.py                              # from the numbers below
-    python tests/hours.py --mfu 0.35 --step-ms 14      # from numbers that were measured
+    python tests/hours.py --mfu 0.35 --step-ms 14      # from those of another machine
 
 Counted: prefill and updates as matrix products (bench.forward_flops) at a share of the card's peak;
 decode steps, each as long as the slower of the computer, which launches kernels, and the GPU, which
-reads weights and table. Not counted: loading, checkpoints, evaluation, waiting for images.
+reads weights and table. Not counted: loading, checkpoints, evaluation, waiting for images. The
+machine's numbers were measured on an H100 by tests/gpu.py (2026-11-26, assets/gpu.json); no whole
+run was.
 """
 
 import argparse
@@ -27,26 +29,32 @@ from rollout import Prompt
 
 PEAK, BANDWIDTH = CARDS["H100"]
 PERCEIVER, REASONER = 1, 4         # images of a prompt: the whole one; that one and three crops
-TEXT = {PERCEIVER: 132, REASONER: 300}  # text tokens of a prompt; an image has 2048 visual ones
+TEXT = {PERCEIVER: 132, REASONER: 300}  # text tokens of a prompt
+IMAGE = 2048                            # visual tokens of an image that fills the paper's budget
 
 
 @dataclass
 class Numbers:
-    """What the hours follow from. The defaults are assumptions."""
+    """What the hours follow from."""
 
-    # Of the machine
-    mfu: float = 0.4               # share of the card's peak that prefill and update reach
-    step_ms: float = 20.0          # of the computer for the launches of a decode step, at least
-    kernels_ms: float = 2.2        # of the GPU for the 873 small kernels of a decode step
-    bandwidth: float = 0.48        # share of the card's bandwidth that attention reaches
-    update_ms: float = 400.0       # of the computer for the update by one group, at least
+    # Of the machine, measured
+    mfu: float = 0.26              # share of the card's peak that prefill and update reach
+    step_ms: float = 23.0          # of the computer for the launches of a decode step, at least
+                                   # (20 to 28, on three machines)
+    kernels_ms: float = 2.2        # of the GPU for the small kernels of a decode step
+    bandwidth: float = 0.48        # share of the card's bandwidth that attention reaches on 24 rows
+    update_ms: float = 680.0       # of the computer for the update by one group, at least
+
+    # Assumed
     offload_s: float = 5.0         # seconds that --offload adds to a step: gradients and weights
                                    # cross, and AdamW works through 60 GB of the computer's memory
 
-    # Of the task
+    # Of the task, assumed
     perceiver_tokens: float = 80   # mean length of a box list; lengths are log-normal (sigma 0.4)
     reasoner_tokens: float = 250   # mean length of an answer (sigma 0.5)
     distinct: int = 450            # different evidences of 64 x 8 box lists, which the partner sees
+    crop_tokens: int = IMAGE       # visual tokens of a crop; smaller ones than the budget allows are
+                                   # not scaled up to it
 
 
 def decode_steps(prompts, rows, G, mean, sigma, limit):
@@ -66,17 +74,19 @@ def decode_steps(prompts, rows, G, mean, sigma, limit):
     return numpy.mean(steps), longest.mean()
 
 
-def cost(model, images, responses=0, R=0):
-    """(P, FLOPs of a forward) of a prompt at the paper's pixel budget and responses of R tokens."""
-    P = images * 2048 + TEXT[images]
-    grids = torch.tensor([[1, 64, 128]] * images)
-    pixels = torch.empty(images * 64 * 128, 1536, device="meta")
+def cost(model, n, images, responses=0, R=0):
+    """(P, FLOPs of a forward) of a prompt and responses of R tokens. The whole image has the paper's
+    pixel budget; 2 x 2 patches are a visual token."""
+    tokens = [IMAGE] + [n.crop_tokens] * (images - 1)
+    P = sum(tokens) + TEXT[images]
+    grids = torch.tensor([[1, 2, 2 * count] for count in tokens])
+    pixels = torch.empty(4 * sum(tokens), 1536, device="meta")
     return P, forward_flops(model, Prompt(torch.zeros(P), None, pixels, grids), [R] * responses)
 
 
 def sampling(model, n, prompts, rows, images, G, length):
     """Seconds until `prompts` prompts have G responses each."""
-    P, flops = cost(model, images)
+    P, flops = cost(model, n, images)
     steps, R = decode_steps(prompts, rows, G, *length)
 
     # The GPU reads the rows in use to their ends (the last prompts leave some rows free), 112 KiB
@@ -93,7 +103,7 @@ def sampling(model, n, prompts, rows, images, G, length):
 
 def updating(model, n, s, images, R):
     """Seconds of an update: forward, its recomputation, backward (2), the reference's forward."""
-    flops = 5 * cost(model, images, s.group, R)[1]
+    flops = 5 * cost(model, n, images, s.group, R)[1]
     seconds = s.questions * max(flops / (n.mfu * PEAK), n.update_ms / 1000)
     return seconds + n.offload_s if s.offload else seconds
 

@@ -343,7 +343,7 @@ def test_nothing_lives_on_or_grows_from_one_step_to_the_next(tiny, monkeypatch, 
 def test_the_hours_follow_from_the_numbers_that_are_given(capsys):
     """Half of the card's speed takes longer, but not twice as long: decoding stays as it was."""
     totals = []
-    for flags in ([], ["--mfu", "0.2"]):
+    for flags in ([], ["--mfu", str(hours.Numbers.mfu / 2)]):
         hours.main(flags)
         defaults = capsys.readouterr().out.splitlines()[4]
         totals.append(float(defaults.split()[4]))
