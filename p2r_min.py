@@ -28,7 +28,7 @@ Paper: arXiv 2607.01191. Where we depart from it, or from the authors' code, and
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
 
 import argparse
 import contextlib
@@ -70,8 +70,8 @@ from rollout import (PREFILL, REGIONS, STRIDE, TEXT_TOKENS, Completion, InputErr
 
 
 # A schedule's phases, --steps steps each. `alternate` is the paper's; the others are for comparing
-# with it. They have two phases, too, and so as many updates and frozen copies; but `think` is one
-# launch, as the authors' baseline is.
+# with it. `think` has one phase only, as the authors train their baseline in one go: for as many
+# updates as the others it needs twice the --steps.
 SCHEDULES = {
     "alternate": ("perception", "reasoning"),
     "joint": ("joint", "joint"),                # every update trains both roles
@@ -113,9 +113,9 @@ class Settings:
     weight_decay: float = 0.01        # of AdamW; its betas are 0.9 and 0.999
     max_grad_norm: float = 1.0        # the gradient is scaled down to this norm
     evidence: str = "both"            # what the Reasoner sees: both, annotated, crops or none
-    judge: str = "self"               # judges free-form answers in other words than the truth's:
-                                      # self (the frozen copy; in training only), none, or a model
-                                      # (in training and of --eval-data)
+    judge: str = "self"               # who decides on free-form answers in other words than the
+                                      # truth: self (the frozen copy; only in training), none, or
+                                      # a model (in training, and where --eval-data is measured)
 
     # Limits and memory
     max_pixels: int = 2_097_152       # pixel budget of every image the model sees, crops too
@@ -124,7 +124,7 @@ class Settings:
     rollout_batch: int = 12           # questions sampled together, G responses each
     partner_batch: int = 24           # prompts that the frozen copy, or evaluation, takes together
     checkpointing: bool = True        # recompute activations in the backward pass: slower, smaller
-    offload: bool = False             # masters and moments in the computer's memory, not the GPU's
+    offload: bool = False             # float32 weights and Adam's moments in the computer's memory
 
     @property
     def total(self):
@@ -156,7 +156,8 @@ class Players:
     judge: object                     # "self", None or an eval.Judge
 
     def judge_of_training(self):
-        """Who decides whether other words mean the same: never the policy itself."""
+        """Who decides whether other words mean the same: never the policy itself. (The frozen copy
+        does, of its own answers, too.)"""
         if self.judge == "self":
             return evaluation.Judge(self.frozen, self.codec.tokenizer)
         return self.judge
@@ -181,7 +182,8 @@ class Rollout:
 
 @dataclass
 class Experience:
-    """What a phase hands to the update, and to those who look on."""
+    """What a phase hands to the update, and to those who look on: at least one group, and no more
+    than it was asked questions."""
     groups: list                      # of rollout.Group, each with its rollouts and advantages
     partner_calls: int = 0            # prompts that the partner answered (a judge's not counted)
     partner_seconds: float = 0.0
@@ -231,8 +233,8 @@ def perception(players, questions, s, generator):
         for rollout in alike:
             rollout.answer = answer
 
-    # 4. The boxes earn the answer's reward. A missing <answer> tag is the frozen Reasoner's fault:
-    #    all that it wrote after its thoughts is read then, so the Perceiver does not pay for it.
+    # 4. The boxes earn the answer's reward. If the frozen Reasoner has forgotten the <answer> tags,
+    #    all after its <think>..</think> is read (whole_text): the Perceiver must not pay for it.
     pay(rollouts, players.judge_of_training(), whole_text=True)
     set_advantages(groups)
     return Experience(groups, len(cases), seconds)
@@ -268,14 +270,13 @@ def reasoning(players, questions, s, generator):
     return Experience(groups, len(questions), seconds)
 
 
-# The other schedules' phases, `joint` and `thinking`, are added after the skip line. (A phase of
-# your own may return fewer groups than it was asked questions, but an update needs one at least.)
+# The other schedules' phases, `joint` and `thinking`, are added after the skip line.
 PHASES = {"perception": perception, "reasoning": reasoning}
 
 
 def reward_of(rollout):
     """What a rollout earns: 1 for a right final answer; 0 for a wrong one, for void boxes and, of
-    the trained Reasoner, for one without <answer> tags.
+    the trained Reasoner, for one without <answer> tags (its score is 0 then, see eval.score).
 
     This is the place for another reward: rollout.example (with .boxes, where the data has them),
     rollout.boxes, rollout.answer.text and rollout.score are at hand.
@@ -342,7 +343,7 @@ def train(s, run):
         experience = PHASES[phase](players, questions, s, generator)
 
         # 2. Learn: one GRPO update on what that role sampled. (`banned` are token ids, such as that
-        #    of an image, that it could not sample: the log-probs have to leave them out, too.)
+        #    of an image, which are masked out when sampling, and so have to be in the update.)
         rolled_out = time.perf_counter()
         update = grpo.update_batch(
             policy, players.frozen, optimizer, experience.groups, banned=codec.banned, kl=s.kl,
@@ -415,7 +416,7 @@ def joint(players, questions, s, generator):
 
     The loss is one mean over all tokens, so the role that writes more weighs more.
     """
-    # Nobody plays both roles on the same question, so each half is a phase of its own.
+    # A question trains one role only, so each half is played as in a phase of its own.
     half = len(questions) // 2
     first = perception(players, questions[:half], s, generator)
     return first + reasoning(players, questions[half:], s, generator)
@@ -472,7 +473,7 @@ def settings_from(arguments):
         s = Settings(**world | given)
     check(s)
 
-    # All settings only to whoever touched one.
+    # All settings are printed if a flag was given.
     phases = " and ".join(dict.fromkeys(SCHEDULES[s.schedule]))
     print(f"{s.total} steps ({phases}), {s.questions} questions x {s.group} samples a step.")
     if s.schedule != "think":
@@ -559,7 +560,7 @@ def check_memory(policy, s):
         print(f"memory, computed: {told}")
         return
 
-    # What the card has left decides, before a second copy is made of what is 4 GiB already.
+    # What the card has left now decides, before frozen copy and float32 weights are made.
     free = torch.cuda.mem_get_info(policy.device)[0] + torch.cuda.memory_reserved(policy.device)
     free = free / 2**30
     if max(peaks.values()) < free:
@@ -627,14 +628,15 @@ def estimate_memory(config, parameters, size, s, trained=None):
         layer += s.group * (P + R) * keys_values
 
         # With checkpointing the inside of one layer is alive at a time, else that of all. Beside
-        # it are the gradients of its MLP, or before the first layer's turn a chunk of logits.
+        # it are the gradients of its MLP; or, before the backward pass reaches a layer, a chunk of
+        # logits.
         gradients = L * (2 * inner + hidden) * size
         logits = 4 * min(512, s.group * R) * text.vocab_size * 4
         work = max(layer * size + gradients, logits)
         if not s.checkpointing:
             work = (vision.depth * tower + layers * layer) * size + max(gradients, logits)
 
-        # The float32 sum of all gradients, and the next one of the embedding.
+        # The float32 sum of all gradients, and the embedding's gradient before it is added to it.
         embedding = text.vocab_size * hidden * size if trained == parameters else 0
         updating.append(4 * trained + inputs * size + work + embedding)
     return {"sampling": (static + max(sampling)) / 2**30 + 1,
@@ -643,8 +645,8 @@ def estimate_memory(config, parameters, size, s, trained=None):
 
 def measure(players, held_out, s):
     """Held-out accuracy of the policy in both roles, as eval.evaluate returns it: greedy, and under
-    the budgets of training. Only a judge of its own is asked: no model grades itself here."""
-    # As training samples, so without the repetition penalty of the authors' evaluation.
+    the budgets of training. Only a separate judge model is asked: nobody grades itself here."""
+    # Without the repetition penalty of the authors' evaluation, as training has none.
     protocol = evaluation.Protocol(
         evidence=s.evidence, max_pixels=s.max_pixels, perceive_tokens=s.perceive_tokens,
         reason_tokens=s.reason_tokens, penalty=1.0, batch=s.partner_batch)
@@ -765,7 +767,7 @@ class Run:
     """
 
     def __init__(self, s, resumed):
-        self.s, self.resumed, self.folder = s, resumed, Path(s.out)  # `begin` finds one without out
+        self.s, self.resumed, self.folder = s, resumed, Path(s.out)  # without out: see `begin`
         self.step, self.accuracy = 0, {}      # steps done; step -> eval.evaluate's dict
         self.interrupt = None                 # number of the signal that asked to stop
         self.players = self.optimizer = None  # what a checkpoint is made of, once the run has begun
@@ -784,8 +786,8 @@ class Run:
         if self.resumed and saved:
             self.step = restore(players, optimizer, saved[-1], self.s.total)
 
-        # Both logs end where the run goes on: what comes now is written again. (The settings come
-        # first, as --resume needs them. Those of a finished run stay as they were.)
+        # Both logs are cut back to the step that the run goes on from. (Settings are written before
+        # anything else, as --resume needs them, but not over those of a finished run.)
         self.players, self.optimizer = players, optimizer
         if self.step < self.s.total:
             write_whole(self.folder / "config.json", json.dumps(vars(self.s), indent=2))
@@ -834,7 +836,7 @@ class Run:
         return self
 
     def __exit__(self, kind, error, trace):
-        """Say how to go on, where that helps; after a mistake in the data, save first."""
+        """Say how to go on, where that helps; after an error that a user can mend, save first."""
         if not self.lock:
             return
         self.ticker.close()
@@ -845,7 +847,7 @@ class Run:
             if isinstance(error, NotANumber):
                 raise InputError(f"{error}; not saved. With a lower --lr, {again}") from error
             if isinstance(error, InputError) and self.players and self.players.frozen:
-                if self.s.updates == 1:  # of several a part may be done: then the last one stays
+                if self.s.updates == 1:  # of several some may be done: that is no step to save
                     save_after(error, self)
                 raise InputError(f"{error}; {again}") from error
             if isinstance(error, (OSError, SafetensorError)):
@@ -894,7 +896,8 @@ class Ticker:
 
 def save_after(error, run):
     """Save a run that an error has ended, if that can be."""
-    # Where the GPU's memory ran out saving needs some, and the error's frames hold tensors.
+    # It may be that the GPU's memory ran out (rollout.out_of_memory made an InputError of it). To
+    # save takes some, and the frames of the error still hold tensors.
     run.optimizer.discard()
     while error:
         traceback.clear_frames(error.__traceback__)
@@ -916,8 +919,7 @@ def checkpoints_of(folder):
 
 def save_checkpoint(players, optimizer, step, folder):
     """All that the next step depends on. Raises InputError for weights that are not finite."""
-    # A policy that is not a number would go on as one for ever. (The sum tells, and takes no
-    # memory.)
+    # Weights that are not a number would stay so for ever. (The sum tells, and takes no memory.)
     tensors = grpo.optimizer_state(optimizer)
     tensors["frozen"] = kept_of(players.frozen, optimizer)
     for name, master in tensors["masters"].items():
@@ -972,8 +974,8 @@ def stop_at_once(number, frame):
 
 
 def kept_of(frozen, optimizer):
-    """{name: tensor} of the frozen copy that a checkpoint keeps: of what is trained, and so may
-    differ from the model that the run began with."""
+    """{name: tensor} of the frozen copy that a checkpoint keeps: only of what is trained. The rest
+    is as in the model that the run began with."""
     return {name: frozen.get_parameter(name) for name in optimizer.names}
 
 
@@ -1010,7 +1012,8 @@ def next_free_folder(model):
 
 
 def in_use(folder):
-    """Does the folder hold more than what a run leaves that was killed before it began?"""
+    """Does the folder hold anything? (A run that was killed before it began leaves a lock, or half
+    a file.)"""
     left = list(folder.iterdir()) if folder.is_dir() else []
     return any(path.name != "lock" and path.suffix != ".new" for path in left)
 
@@ -1030,13 +1033,13 @@ def settings_of_run(name, given):
     try:
         known = json.loads((folder / "config.json").read_text())
         if "schedule" not in known:
-            raise ValueError("it is a model's")
+            raise ValueError("it is a model's, not a run's")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"--resume {name}: {folder} is no run folder, for its config.json cannot "
                          f"be read ({error}); start the run with its own command") from error
 
-    # A given flag wins. Whether it makes sense in the middle of a run is the user's to know, but
-    # for what cannot.
+    # A given flag wins. Whether it makes sense in the middle of a run is the user's to know; what
+    # cannot work is refused.
     refuse_changes(folder, known, given)
     for key, value in given.items():
         if value != known.get(key):
@@ -1057,7 +1060,7 @@ def refuse_changes(folder, known, given):
         raise InputError(f"{folder} is finished, and its checkpoints are gone: begin a new run "
                          f"with --model {folder / 'final'}")
 
-    # A phase that has begun would end at another place, or have ended already.
+    # After its first phase a run's other phases would begin at other steps than they did.
     done = int(saved[-1].name[5:]) if saved else 0
     steps = known.get("steps", 0)
     new_steps = given.get("steps", steps)
