@@ -21,6 +21,7 @@ sum of a group's R: every per-token tensor of a group is one flat (T,), response
 """
 
 import math
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -54,9 +55,9 @@ def k3(logp, ref_logp):
     """Per-token estimate of KL(policy || reference): exp(d) - d - 1 with d = ref - policy. (T,)
 
     Unbiased for samples of the policy, never negative, low in variance. The clamps are the authors'
-    guard against overflow; above 10 the KL has no gradient any more. In bf16 the two models'
-    log-probs differ by rounding alone, which the metric `kl` shows as soon as weights move (2e-4
-    of a random 2B model; float32: below 1e-7): look at its growth.
+    guard against overflow; above 10 the KL has no gradient any more. In bf16 rounding alone makes
+    the two models' log-probs differ as soon as weights move, so the metric `kl` has a floor: look
+    at its growth.
     """
     d = (ref_logp - logp).clamp(-20, 20)                                         # (T,)
     return (d.exp() - d - 1).clamp(max=10)                                       # (T,)
@@ -282,11 +283,17 @@ class MasterAdamW:
             param.register_post_accumulate_grad_hook(self._collector(place))
 
     def _collector(self, place):
+        # (A weak reference, as a hook lives as long as the model: masters and moments must not.)
+        owner = weakref.ref(self)
+
         def collect(param):
-            if self.sums[place] is None:
-                self.sums[place] = param.grad.float()
+            optimizer = owner()
+            if optimizer is None:
+                return
+            if optimizer.sums[place] is None:
+                optimizer.sums[place] = param.grad.float()
             else:
-                self.sums[place].add_(param.grad)
+                optimizer.sums[place].add_(param.grad)
             param.grad = None
         return collect
 

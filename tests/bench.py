@@ -15,7 +15,8 @@ A row is a ratio, theirs over ours, of medians taken in turn in one process on t
     phases      (--gpu) both phases and their updates at full size; boxes, rewards, lengths forced
 
 Shapes are [P, R, G]: prompt tokens, response tokens, samples a group. GiB is what a run adds to
-what was there before it (weights, optimizer); of `phases` all of it. Values don't matter to speed: weights are random.
+what was there before it (weights, optimizer); of `phases` all of it. Weights are random, as speed
+does not depend on them.
 """
 
 import argparse
@@ -63,7 +64,7 @@ TINY_SHAPES = [(100, 6, 3)]
 
 
 def small_config():
-    """The CPU's model: hidden 512, 8 language layers, 4 vision layers, 31M parameters."""
+    """The CPU's model: hidden 512, 8 language layers, 4 vision layers, 40M parameters."""
     return Qwen3VLConfig(
         text_config=dict(
             initializer_range=0.08, vocab_size=8192, hidden_size=512, intermediate_size=1536,
@@ -591,7 +592,7 @@ def noise_example(seed, side):
 def row_phases(args):
     """Both phases with their update. Three boxes a list, half of a group's lists distinct; lengths
     as tests/hours.py has them, log-normal around 80 and 250 tokens. (The table is made for the
-    longest that are allowed, so memory is that of the real thing.)"""
+    longest that are allowed; an update's memory is that of these lengths.)"""
     small = DEVICE == "cpu"
     smaller = dict(group=4, max_pixels=64 * 1024, perceive_tokens=6, reason_tokens=8)
     s = p2r_min.Settings(questions=args.questions, **smaller if small else {})

@@ -4,22 +4,23 @@
     python tests/gpu.py --only decode,phases       # some of them
     python tests/gpu.py --tiny                     # small sizes: tries the script itself on a CPU
 
-    check      a packed row, the sampler and --offload against plain forwards
+    check      a packed row and the sampler against plain forwards, --offload against none
     toy        `python p2r_min.py` as a stranger types it
     resume     the toy in two parts against the toy at once
     full       the 2B model by the command line: a step of each phase, from a model folder to a
                checkpoint and a model folder again (48 GB of disk)
     kernels    the patch embedding as a convolution and as a linear layer; attention by the flash
                kernel and by cuDNN
-    decode     a step of the sampler: as it is, with cuDNN's attention, as a captured graph
     phases     both phases with their updates at the paper's budgets (bench.row_phases)
-    peak       an update of eight responses of the longest length
+    peak       an update of eight responses of the longest length, and of typical ones
     rows       tests/bench.py's rows `update` and `rollout`
     offload    AdamW on the GPU and in the computer's memory
+    decode     a step of the sampler: as it is, with cuDNN's attention, as a captured graph
 
 Weights are random, as speed and memory do not depend on them. A section that fails costs itself
-only; the file is written anew after each. What an H100 said is in assets/gpu.json, and explained in
-tests/README.md; tests/hours.py makes the hours of a run of it.
+only. The file is written after every row; sections that it has from before stay. assets/gpu.json
+was put together from three calls of earlier forms of this script, for want of time on the GPU;
+tests/README.md explains it, and tests/hours.py makes the hours of a run of it.
 """
 
 import argparse
@@ -248,31 +249,32 @@ def section_kernels(args):
            "differ_by": (layer(patches) - convolution()).abs().max().item()}
 
     # The vision tower's attention and a prompt's in the language model. cuDNN plans for every new
-    # length: the first call says how long that takes. (The first two load the kernels, too.)
+    # length, forward and backward: the first call says how long that takes. (The first one of a
+    # kind loads kernels, too.)
     kinds = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
     for heads, kv_heads, size, causal in ((16, 16, 64, False), (16, 8, 128, True)):
         for kernel, backend in kinds.items() if ON_GPU else ():
-            for length in (8192, 8060, 8000):
+            for length in (8192, 8060, 8000, 7996, 2180):
                 shapes = [(1, length, h, size) for h in (heads, kv_heads, kv_heads)]
                 inputs = [torch.randn(shape, device=DEVICE, dtype=model.dtype).transpose(1, 2)
                           .requires_grad_() for shape in shapes]
 
+                def forward():
+                    return F.scaled_dot_product_attention(
+                        *inputs, is_causal=causal, enable_gqa=heads != kv_heads)
+
                 @torch.enable_grad()
                 def both():
-                    F.scaled_dot_product_attention(
-                        *inputs, is_causal=causal, enable_gqa=heads != kv_heads).sum().backward()
-
-                def forward():
-                    F.scaled_dot_product_attention(*inputs, is_causal=causal,
-                                                   enable_gqa=heads != kv_heads)
+                    output = forward()
+                    torch.autograd.grad(output, inputs, torch.ones_like(output))
                 with sdpa_kernel(backend):
                     start = time.perf_counter()
                     both()
                     wait()
-                    first = time.perf_counter() - start
                     yield {"attention": "prompt" if causal else "vision", "kernel": kernel,
-                           "length": length, "first_call_s": first,
-                           "forward_ms": milliseconds(forward), "with_backward_ms": milliseconds(both)}
+                           "length": length, "first_call_s": time.perf_counter() - start,
+                           "forward_ms": milliseconds(forward),
+                           "with_backward_ms": milliseconds(both)}
 
 
 @torch.no_grad()
@@ -280,7 +282,7 @@ def section_decode(args):
     shapes = [(12, 8, 2180, 80), (12, 8, 8492, 250), (24, 1, 8492, 250), (48, 1, 8492, 250)]
     if args.tiny:
         shapes = [(3, 2, 100, 5)]
-    model, rows = args.model(), []
+    model = args.model()
 
     # Bytes that a step has to read: the weights, and the prompt's and responses' keys and values.
     c = model.config.text_config
@@ -289,19 +291,18 @@ def section_decode(args):
 
     # The profile comes last, as all that follows one is slower by its hooks.
     for profiled in (False, True):
-        for place, (n, G, P, t) in enumerate(shapes):
+        for n, G, P, t in shapes:
             table, active = filled_table(model, n, G, P, t)
+            row = {"rows": n, "G": G, "P": P, "t": t}
             if profiled:
-                rows[place] |= busy(lambda: rollout.decode_step(model, table, active))
+                row |= busy(lambda: rollout.decode_step(model, table, active))
             else:
                 size = weights + n * (P + G * t) * column
-                rows.append({"rows": n, "G": G, "P": P, "t": t, "read_gb": size / 1e9})
-                rows[place] |= step_times(model, table, active)
-                if args.card[1]:
-                    rows[place]["bound_ms"] = 1000 * size / args.card[1]
+                row |= {"read_gb": size / 1e9, **step_times(model, table, active)}
+                row["bound_ms"] = 1000 * size / args.card[1] if args.card[1] else None
+            yield row
             del table, active
             forget()
-    yield from rows
 
 
 def filled_table(model, n, G, P, t, room=1024):
@@ -323,19 +324,23 @@ def filled_table(model, n, G, P, t, room=1024):
 
 
 def step_times(model, table, active):
-    """Milliseconds of a decode step; until its last launch; with cuDNN; as a graph."""
+    """Milliseconds of a decode step; until its last launch; with cuDNN, its plans made before; as a
+    graph."""
     step, launched = steps_of(model, table, active)
     found = {"step_ms": step, "last_launch_ms": launched}
     if not ON_GPU:
         return found
     torch.backends.cuda.enable_cudnn_sdp(True)
+    steps_of(model, table, active)
     found["with_cudnn_ms"], _ = steps_of(model, table, active)
     torch.backends.cuda.enable_cudnn_sdp(False)
     return found | graph_times(model, table, active)
 
 
 def steps_of(model, table, active, count=50):
-    """`count` decode steps -> (milliseconds of one, milliseconds until its last launch)."""
+    """`count` decode steps -> (milliseconds of one, milliseconds until its last launch). The rows
+    are again at the same t afterwards."""
+    t = active[0].t
     for _ in range(3):
         rollout.decode_step(model, table, active)
     wait()
@@ -349,11 +354,15 @@ def steps_of(model, table, active, count=50):
         ids = logits.float().log_softmax(-1).argmax(-1).tolist()
         for row, row_ids in zip(active, ids):
             row.t, row.newest = row.t + 1, row_ids
-    return 1000 * (time.perf_counter() - start) / count, 1000 * launching / count
+    seconds = time.perf_counter() - start
+    for row in active:
+        row.t = t
+    return 1000 * seconds / count, 1000 * launching / count
 
 
 def graph_times(model, table, active):
-    """The model's part of a decode step as a CUDA graph, for the shapes of now."""
+    """The model's part of a decode step, without the making of its inputs and the drawing, as a
+    CUDA graph for the shapes of now."""
     # The inputs that decode_step makes are kept: the graph reads them where they lie.
     inputs = {}
 
@@ -404,8 +413,8 @@ def section_phases(args):
 
 
 def section_peak(args):
-    """As the estimate has it: a long prompt, and every response as long as it may be. Then typical
-    groups of both phases."""
+    """As the estimate has it: a long prompt, every response as long as it may be, and the sum of
+    earlier groups' gradients. Then typical groups of both phases. (A step of AdamW is in each.)"""
     s, model = p2r_min.Settings(), args.model()
     frozen = copy.deepcopy(model).requires_grad_(False)
     optimizer = grpo.MasterAdamW(model, 1e-6)
@@ -421,6 +430,7 @@ def section_peak(args):
             grpo.update_batch(model, frozen, optimizer, [group], banned=endless(model).banned,
                               kl=0.01, clip=0.2, max_norm=1.0)
         update()
+        optimizer.sums = [torch.zeros_like(p, dtype=torch.float32) for p in optimizer.params]
         seconds, _, _ = timed(update)
         work = 4 * bench.forward_flops(model, group.prompt, [R] * s.group)
         estimate = p2r_min.estimate_memory(
@@ -455,9 +465,9 @@ def section_offload(args):
 # ---------------------------------------------------------------------------------------------
 
 SECTIONS = {"check": section_check, "toy": section_toy, "resume": section_resume,
-            "full": section_full, "kernels": section_kernels, "decode": section_decode,
-            "phases": section_phases, "peak": section_peak, "rows": section_rows,
-            "offload": section_offload}
+            "full": section_full, "kernels": section_kernels, "phases": section_phases,
+            "peak": section_peak, "rows": section_rows, "offload": section_offload,
+            "decode": section_decode}
 
 
 def main(arguments=None):
@@ -478,21 +488,25 @@ def main(arguments=None):
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    report = {"date": str(datetime.date.today()), "device": name, "torch": torch.__version__,
-              "transformers": transformers.__version__}
-    print(report)
+    report = json.loads(args.json.read_text()) if args.json.exists() else {}
+    report |= {"date": str(datetime.date.today()), "device": name, "torch": torch.__version__,
+               "transformers": transformers.__version__}
+
+    def note(section, row):
+        report[section].append(row)
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        print(section, json.dumps(row), flush=True)
+
     for section in args.only.split(","):
-        start, rows = time.perf_counter(), report.setdefault(section, [])
+        start, report[section] = time.perf_counter(), []
         try:
             for row in SECTIONS[section](args):
-                rows.append(row)
-                print(section, json.dumps(row), flush=True)
+                note(section, row)
         except Exception as error:
             traceback.print_exc()
             told = " ".join(str(error).split())[:300]
-            rows.append({"failed": f"{type(error).__name__}: {told}"})
-        rows.append({"section_seconds": time.perf_counter() - start})
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+            note(section, {"failed": f"{type(error).__name__}: {told}"})
+        note(section, {"section_seconds": time.perf_counter() - start})
         forget()
 
 

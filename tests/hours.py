@@ -6,8 +6,7 @@
 Counted: prefill and updates as matrix products (bench.forward_flops) at a share of the card's peak;
 decode steps, each as long as the slower of the computer, which launches kernels, and the GPU, which
 reads weights and table. Not counted: loading, checkpoints, evaluation, waiting for images. The
-machine's numbers were measured on an H100 by tests/gpu.py (2026-11-26, assets/gpu.json); no whole
-run was.
+machine's numbers are those of an H100 (assets/gpu.json, 2026-11-26); no whole run was made.
 """
 
 import argparse
@@ -23,6 +22,7 @@ import torch
 from transformers import Qwen3VLForConditionalGeneration
 
 import eval as evaluation
+import p2r_min
 from bench import CARDS, forward_flops, full_config
 from p2r_min import Settings, estimate_memory
 from rollout import Prompt
@@ -37,13 +37,16 @@ IMAGE = 2048                            # visual tokens of an image that fills t
 class Numbers:
     """What the hours follow from."""
 
-    # Of the machine, measured
-    mfu: float = 0.26              # share of the card's peak that prefill and update reach
-    step_ms: float = 23.0          # of the computer for the launches of a decode step, at least
-                                   # (20 to 28, on three machines)
-    kernels_ms: float = 2.2        # of the GPU for the small kernels of a decode step
-    bandwidth: float = 0.48        # share of the card's bandwidth that attention reaches on 24 rows
-    update_ms: float = 680.0       # of the computer for the update by one group, at least
+    # Of the machine, derived from the sections of gpu.json that are named
+    mfu: float = 0.26              # share of the card's peak that prefill and update reach:
+                                   # `phases`, reasoning, the recomputed forward counted
+    step_ms: float = 23.0          # of the computer for the launches of a decode step, at least:
+                                   # `phases`, two machines
+    kernels_ms: float = 2.2        # of the GPU for the small kernels of a decode step: `decode`
+    bandwidth: float = 0.48        # share of the card's bandwidth that attention reaches: `decode`,
+                                   # 24 rows (12 x 8 rows: 0.3)
+    update_ms: float = 680.0       # of the computer for the update by one group, at least:
+                                   # `phases`, perception, two machines
 
     # Assumed
     offload_s: float = 5.0         # seconds that --offload adds to a step: gradients and weights
@@ -53,8 +56,8 @@ class Numbers:
     perceiver_tokens: float = 80   # mean length of a box list; lengths are log-normal (sigma 0.4)
     reasoner_tokens: float = 250   # mean length of an answer (sigma 0.5)
     distinct: int = 450            # different evidences of 64 x 8 box lists, which the partner sees
-    crop_tokens: int = IMAGE       # visual tokens of a crop; smaller ones than the budget allows are
-                                   # not scaled up to it
+    crop_tokens: int = IMAGE       # visual tokens of a crop; small ones are not scaled up to the
+                                   # budget
 
 
 def decode_steps(prompts, rows, G, mean, sigma, limit):
@@ -75,8 +78,8 @@ def decode_steps(prompts, rows, G, mean, sigma, limit):
 
 
 def cost(model, n, images, responses=0, R=0):
-    """(P, FLOPs of a forward) of a prompt and responses of R tokens. The whole image has the paper's
-    pixel budget; 2 x 2 patches are a visual token."""
+    """(P, FLOPs of a forward) of a prompt and responses of R tokens. The whole image has the
+    paper's pixel budget; 2 x 2 patches are a visual token."""
     tokens = [IMAGE] + [n.crop_tokens] * (images - 1)
     P = sum(tokens) + TEXT[images]
     grids = torch.tensor([[1, 2, 2 * count] for count in tokens])
@@ -130,7 +133,8 @@ def main(arguments=None):
     evaluation.add_flags(parser, Numbers)
     numbers = Numbers(**vars(parser.parse_args(arguments)))
 
-    # Without weights: only shapes are asked for.
+    # Without weights: only shapes are asked for. The table's columns are rounded as on a GPU.
+    p2r_min.STRIDE = 256
     with torch.device("meta"):
         model = Qwen3VLForConditionalGeneration._from_config(full_config(), dtype=torch.bfloat16)
 

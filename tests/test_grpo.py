@@ -1,6 +1,8 @@
 """grpo.py against hand-computed numbers, one-by-one forwards of the library, and torch's own AdamW."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -373,3 +375,13 @@ def test_the_reference_is_asked_once_a_group_whatever_the_updates(tiny, folder):
     update_batch(model, reference, MasterAdamW(model, lr=1e-4), groups,
                  banned=codec.banned, kl=0.1, clip=0.2, max_norm=1.0, updates=3)
     assert len(calls) == 3
+
+
+def test_an_optimizer_goes_with_its_last_user(tiny):
+    """The hooks on the model's parameters must not keep masters and moments alive."""
+    model, _ = tiny
+    optimizer = MasterAdamW(model, 1e-3)
+    seen = weakref.ref(optimizer.masters[0])
+    del optimizer
+    gc.collect()
+    assert seen() is None
