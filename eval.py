@@ -47,6 +47,9 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+# (As in p2r_min.py, for a table that grows.)
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
 import torch
 import transformers
 from PIL import Image
@@ -56,7 +59,7 @@ from tqdm import tqdm
 import toy
 from crop import COLOURS, MAX_CROPS, MAX_RATIO, Box, gather, picture, to_rect, to_rgb
 from rollout import (DATA_FILES, FORMS, REGIONS, SHARD, InputError, cached, direct, find, load,
-                     perceive, reason)
+                     out_of_memory, perceive, reason)
 
 HERE = Path(__file__).parent
 LETTERS = "ABCDEF"  # no benchmark gives more than six options
@@ -1515,6 +1518,7 @@ def fitting_protocol(task):
     return own
 
 
+@out_of_memory("evaluating", "lower --batch or --max-pixels, or free the GPU of other programs")
 def main(arguments=None):
     """The command line, made from Task and Protocol. Raises InputError."""
     parser = argparse.ArgumentParser(description="Ask a model: a benchmark, or one picture.")

@@ -363,8 +363,10 @@ def load_optimizer(optimizer, folder):
     with safe_open(folder / "moments.safetensors", "pt") as file:
         for key in file.keys():
             name, _, kind = key.rpartition(".")
-            master = master_of[name]
-            optimizer.adam.state[master][kind] = file.get_tensor(key).to(master.device)
+            master, value = master_of[name], file.get_tensor(key)
+
+            # (On a CPU the value is the file itself, mapped: it is copied, as the file will go.)
+            optimizer.adam.state[master][kind] = value.to(master.device, copy=True)
 
 
 @torch.no_grad()

@@ -63,7 +63,7 @@ import toy
 from crop import MAX_CROPS, WHOLE, gather, picture, violation
 from eval import mean
 from rollout import (PREFILL, REGIONS, STRIDE, TEXT_TOKENS, Completion, InputError, NotANumber,
-                     find, fitting, load, perceive, progress, reason)
+                     find, fitting, load, out_of_memory, perceive, progress, reason)
 
 # ---------------------------------------------------------------------------------------------
 # Settings
@@ -308,6 +308,7 @@ def set_advantages(groups):
 # The loop
 
 
+@out_of_memory("training", "free the GPU of other programs, or add --offload")
 def train(s, run):
     """Run PRA-GRPO with Settings `s`; `run` is the Run that holds its folder. Returns the folder.
 
@@ -538,12 +539,12 @@ def prepare(s):
     held_out = fitting(codec, held_out, longest, s.skip_bad)
     if s.checkpointing:
         grpo.checkpoint_activations(policy)
-    check_memory(policy, s)
 
     # "self" stays a word: the frozen copy that it means does not exist yet.
     judge = None if s.judge == "none" else s.judge
     if judge not in ("self", None):
         judge = evaluation.Judge.load(s.judge, policy.device)
+    check_memory(policy, s)
     return examples, held_out, policy, codec, judge
 
 
@@ -556,12 +557,20 @@ def check_memory(policy, s):
     peaks = estimate_memory(
         policy.config, policy.num_parameters(), policy.dtype.itemsize, s, trained)
     told = ", ".join(f"{gib:.1f} GiB while {doing}" for doing, gib in peaks.items())
+
+    # Bytes of a parameter there: its master 4, or 5.2 as pinned blocks are powers of two, two
+    # moments 8, and in a step the gradient 4.
+    if s.offload:
+        told += f", {trained * 17.2 / 2**30:.0f} GiB of the computer's memory"
     if policy.device.type != "cuda":
         print(f"memory, computed: {told}")
         return
 
-    # What the card has left now decides, before frozen copy and float32 weights are made.
-    free = torch.cuda.mem_get_info(policy.device)[0] + torch.cuda.memory_reserved(policy.device)
+    # What is free decides, before frozen copy and float32 weights are made, with what the allocator
+    # has in reserve and what the policy takes itself. (A judge's memory is none of these.)
+    card = policy.device
+    reserve = torch.cuda.memory_reserved(card) - torch.cuda.memory_allocated(card)
+    free = torch.cuda.mem_get_info(card)[0] + reserve + policy.get_memory_footprint()
     free = free / 2**30
     if max(peaks.values()) < free:
         print(f"memory, computed: {told}; the GPU has {free:.1f} for it")
@@ -611,7 +620,7 @@ def estimate_memory(config, parameters, size, s, trained=None):
         # Beside it are the sampler's table of keys and values, which a longer prompt may make an
         # eighth larger than it needs, and the logits of a step. The table is the trained role's or
         # its partner's.
-        for rows, G in ((s.rollout_batch, s.group), (s.partner_batch, 1)):
+        for rows, G in ((min(s.rollout_batch, s.questions), s.group), (s.partner_batch, 1)):
             prefill = min(rows, max(1, PREFILL // P)) * max(tower, layer)
             columns = math.ceil((P + G * R) * 9 / 8 / STRIDE) * STRIDE
             logits = rows * G * text.vocab_size * (size + 2 * 4)
@@ -952,6 +961,8 @@ def restore(players, optimizer, checkpoint, total):
         players.frozen = frozen_copy(players.policy)
         kept = kept_of(players.frozen, optimizer)
         grpo.load_into(kept, checkpoint / "frozen.safetensors")
+    except torch.cuda.OutOfMemoryError:
+        raise  # a RuntimeError, too, but not the checkpoint's fault
     except (OSError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{checkpoint} cannot be read ({error}): move it away to go on from the "
                          f"checkpoint before it") from error

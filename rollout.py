@@ -574,7 +574,7 @@ def right_padded(prompts, device):
     positions = pad_sequence([p.positions.T for p in prompts], batch_first=True)    # (n, P, 3)
     return {"input_ids": ids.to(device),
             "position_ids": positions.permute(2, 0, 1).to(device),
-            "pixel_values": torch.cat([p.pixels for p in prompts]).to(device),
+            "pixel_values": torch.cat([p.pixels.to(device) for p in prompts]),
             "image_grid_thw": torch.cat([p.grids for p in prompts]).to(device)}
 
 
@@ -698,9 +698,9 @@ def load(folder, max_pixels, device=None):
         raise InputError(f"{folder} is not a model folder: it has no config.json")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
-    # On Hopper cuDNN is the first choice of PyTorch's attention. It makes a plan for every new shape
-    # (0.1 to 2 s on an H100), and with prompts and responses of all lengths nearly every shape is
-    # new.
+    # On Hopper cuDNN is the first choice of PyTorch's attention. It makes a plan for every new
+    # shape (0.1 to 2 s on an H100), and with prompts and responses of all lengths nearly every
+    # shape is new.
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         kind = AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type

@@ -275,18 +275,28 @@ def test_a_run_that_cannot_fit_the_card_is_refused_in_one_sentence(monkeypatch, 
         def num_parameters(self, only_trainable=False):
             return 2_127_532_032
 
-    def card_of(gib):
-        # A part of what is left is in the allocator's cache already.
-        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 5 * GIB)
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: ((gib - 5) * GIB, 80 * GIB))
+        def get_memory_footprint(self):
+            return 4 * GIB
+
+    def card_of(gib, judge=0):
+        # The policy has 4 GiB of it, and the allocator one more in reserve.
+        for name, of_it in (("memory_allocated", 4 + judge), ("memory_reserved", 5 + judge)):
+            monkeypatch.setattr(torch.cuda, name, lambda _, of_it=of_it: of_it * GIB)
+        left = (gib - 5 - judge) * GIB
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (left, 80 * GIB))
 
     card_of(79)
     check_memory(OnCard(), Settings())
     assert re.fullmatch(r"memory, computed: 70\.\d GiB while sampling, 49\.3 GiB while updating; "
                         r"the GPU has 79\.0 for it\n", capsys.readouterr().out)
 
+    card_of(79, judge=14)
+    with pytest.raises(InputError, match="65.0 for it: lower --rollout-batch"):
+        check_memory(OnCard(), Settings())
+
     card_of(23.6)
     check_memory(OnCard(), Settings(**FOR_24_GB))
+    assert "34 GiB of the computer's memory" in capsys.readouterr().out
     with pytest.raises(InputError, match="23.6 for it: lower --rollout-batch .*, or add --offload$"):
         check_memory(OnCard(), Settings())
     card_of(19)

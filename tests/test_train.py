@@ -307,6 +307,22 @@ def test_a_gpu_out_of_memory_names_the_flag_to_halve(
     assert alive_at_save == [False]
 
 
+def test_out_of_memory_when_resuming_is_not_the_checkpoint_s_fault(
+        folder, data, tmp_path, capsys, monkeypatch):
+    run = tmp_path / "run"
+    assert program(["--model", folder, "--data", data, "--max-pixels", 4096, "--steps", 1,
+                    "--questions", 1, "--perceive-tokens", 3, "--reason-tokens", 3,
+                    "--out", run]) == 0
+
+    def load_optimizer(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(p2r_min.grpo, "load_optimizer", load_optimizer)
+    assert program(["--resume", run, "--iterations", 2]) == 2
+    printed = capsys.readouterr().err
+    assert "memory ran out" in printed and "move it away" not in printed
+
+
 def program(arguments):
     """The program's exit code."""
     return evaluation.run_program("p2r_min.py", main, [str(a) for a in arguments])
