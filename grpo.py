@@ -226,9 +226,10 @@ def update_batch(policy, reference, optimizer, groups, *, banned, kl, clip, max_
                 nonfinite.append(group)
                 continue
 
-            # The optimizer takes each gradient over as soon as it is complete: added to a float32
-            # sum, and freed. `step` scales the sum down to max_norm, lets AdamW update the float32
-            # masters, rounds those into the weights, and begins a new sum.
+            # Hooks of the optimizer take each gradient over as soon as it is complete: it is added
+            # to a float32 sum, and p.grad is None again. `step` scales the sum down to max_norm,
+            # lets AdamW update the float32 masters, rounds those into the weights, and begins a new
+            # sum.
             loss.backward()
 
             metrics["loss"] += loss.item()

@@ -260,8 +260,8 @@ def shared_prefix_attention(query, key, value, lengths, scaling):
     """The prompt is causal; each response sees the prompt and, causally, itself.
 
     query: (B, heads, L, d); key, value: (B, KV heads, L, d). lengths: P, R1 .. RG of a prompt and
-    its responses, which follow each other along L. (B is 1, but prefill has prompts alone, in
-    batches.) Returns (B, heads, L, d).
+    its responses, which follow each other along L. (B is 1 in training; `prefill` passes B padded
+    prompts, without responses.) Returns (B, heads, L, d).
 
     The library calls it in every layer, through `group_attention`, which is registered below as an
     attention of the library. The lengths come where a mask would, as the forward's attention_mask.
@@ -311,8 +311,8 @@ def reason(model, codec, cases, evidence="both", **how):
 
 
 # =============================================================================================
-# Skip on a first reading: what the method needs but does not explain: errors and bars, encoding,
-# the sampler's table, loading a model, the hub
+# Skip on a first reading: what the method needs but does not explain: errors, progress bars,
+# encoding, the sampler's table, loading a model, the hub
 
 
 class InputError(ValueError):
