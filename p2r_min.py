@@ -182,8 +182,8 @@ class Rollout:
 
 @dataclass
 class Experience:
-    """What a phase hands to the update, and to those who look on: at least one group, and no more
-    than it was asked questions."""
+    """What a phase hands to the update, and to those who look on. (A phase of your own may leave
+    groups out, but not all of them.)"""
     groups: list                      # of rollout.Group, each with its rollouts and advantages
     partner_calls: int = 0            # prompts that the partner answered (a judge's not counted)
     partner_seconds: float = 0.0
@@ -558,8 +558,8 @@ def check_memory(policy, s):
         policy.config, policy.num_parameters(), policy.dtype.itemsize, s, trained)
     told = ", ".join(f"{gib:.1f} GiB while {doing}" for doing, gib in peaks.items())
 
-    # Bytes of a parameter there: its master 4, or 5.2 as pinned blocks are powers of two, two
-    # moments 8, and in a step the gradient 4.
+    # In the computer's memory a parameter takes 17.2 bytes: its master 4, or 5.2 as pinned blocks
+    # are powers of two; two moments 8; in a step the gradient 4.
     if s.offload:
         told += f", {trained * 17.2 / 2**30:.0f} GiB of the computer's memory"
     if policy.device.type != "cuda":
@@ -1023,8 +1023,8 @@ def next_free_folder(model):
 
 
 def in_use(folder):
-    """Does the folder hold anything? (A run that was killed before it began leaves a lock, or half
-    a file.)"""
+    """Does the folder hold anything, but for what a run leaves that was killed before it began: a
+    lock, half a file?"""
     left = list(folder.iterdir()) if folder.is_dir() else []
     return any(path.name != "lock" and path.suffix != ".new" for path in left)
 

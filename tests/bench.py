@@ -12,7 +12,7 @@ A row is a ratio, theirs over ours, of medians taken in turn in one process on t
     partner     the frozen Reasoner of one toy step: distinct evidence against one call a rollout
     evaluation  questions with both roles: a table of rows against one `generate` after another
     step        a whole GRPO step against TRL's GRPOTrainer, where TRL is installed
-    phases      (--gpu) both phases and their updates at full size; boxes, rewards, lengths forced
+    phases      (--gpu) both phases and their updates at full size; boxes, pay, lengths scripted
 
 Shapes are [P, R, G]: prompt tokens, response tokens, samples a group. GiB is what a run adds to
 what was there before it (weights, optimizer); of `phases` all of it. Weights are random, as speed
@@ -181,6 +181,12 @@ def memory(key):
             return int(line.split()[1]) / 2**20
 
 
+def wait():
+    """Until the GPU has done all that it was given."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
 def peak():
     """Peak GiB since `Watch` was started last, weights and all."""
     return torch.cuda.max_memory_allocated() / 2**30 if DEVICE == "cuda" else memory("VmHWM")
@@ -207,8 +213,7 @@ class Watch:
         self.start = clock()
 
     def stop(self):
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
+        wait()
         seconds = clock() - self.start
         return seconds, None if self.before is None else max(0.0, peak() - self.before)
 
@@ -627,12 +632,11 @@ def row_phases(args):
     for phase in tqdm(p2r_min.SCHEDULES["alternate"], "phases"):
         generator = torch.Generator(DEVICE).manual_seed(0)
         spent = {}
-        with mock.patch.object(rollout, "parse_boxes", boxes), \
-                mock.patch.object(p2r_min, "pay", pay), \
-                mock.patch.object(rollout, "InProgress", Scripted), \
-                mock.patch.object(rollout, "prefetch", waited(rollout.prefetch, spent)), \
-                mock.patch.object(rollout, "prefill", watched(rollout.prefill, spent)), \
-                mock.patch.object(rollout, "decode_step", watched(rollout.decode_step, spent)):
+        stand_ins = dict(
+            parse_boxes=boxes, InProgress=Scripted, prefetch=waited(rollout.prefetch, spent),
+            prefill=watched(rollout.prefill, spent),
+            decode_step=watched(rollout.decode_step, spent))
+        with mock.patch.object(p2r_min, "pay", pay), mock.patch.multiple(rollout, **stand_ins):
             sampling, _, experience = timed(
                 lambda: p2r_min.PHASES[phase](players, examples, s, generator))
         rollout_gib = peak()
@@ -665,14 +669,13 @@ class Scripted(rollout.InProgress):
 
 def watched(function, spent):
     """The function, its calls counted and their seconds summed in `spent`."""
+    name = function.__name__
+
     def run(*inputs):
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
+        wait()
         start = clock()
         result = function(*inputs)
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-        name = function.__name__
+        wait()
         spent[f"{name}_calls"] = spent.get(f"{name}_calls", 0) + 1
         spent[f"{name}_s"] = spent.get(f"{name}_s", 0) + clock() - start
         return result

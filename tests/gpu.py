@@ -51,16 +51,11 @@ import grpo
 import p2r_min
 import rollout
 import toy
-from bench import DEVICE, build, endless, full_config, make_prompt, small_config, text_ids, timed
+from bench import (DEVICE, build, endless, full_config, make_prompt, small_config, text_ids, timed,
+                   wait)
 
 ROOT = Path(__file__).resolve().parents[1]
 ON_GPU = DEVICE == "cuda"
-
-
-def wait():
-    """Until the GPU has done all that it was given."""
-    if ON_GPU:
-        torch.cuda.synchronize()
 
 
 def forget():
@@ -252,29 +247,34 @@ def section_kernels(args):
     # length, forward and backward: the first call says how long that takes. (The first one of a
     # kind loads kernels, too.)
     kinds = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
-    for heads, kv_heads, size, causal in ((16, 16, 64, False), (16, 8, 128, True)):
+    for place, heads, kv_heads, size in (("vision", 16, 16, 64), ("prompt", 16, 8, 128)):
         for kernel, backend in kinds.items() if ON_GPU else ():
             for length in (8192, 8060, 8000, 7996, 2180):
                 shapes = [(1, length, h, size) for h in (heads, kv_heads, kv_heads)]
-                inputs = [torch.randn(shape, device=DEVICE, dtype=model.dtype).transpose(1, 2)
-                          .requires_grad_() for shape in shapes]
+                yield {"attention": place, "kernel": kernel, "length": length,
+                       **attention_times(backend, shapes, causal=place == "prompt")}
 
-                def forward():
-                    return F.scaled_dot_product_attention(
-                        *inputs, is_causal=causal, enable_gqa=heads != kv_heads)
 
-                @torch.enable_grad()
-                def both():
-                    output = forward()
-                    torch.autograd.grad(output, inputs, torch.ones_like(output))
-                with sdpa_kernel(backend):
-                    start = time.perf_counter()
-                    both()
-                    wait()
-                    yield {"attention": "prompt" if causal else "vision", "kernel": kernel,
-                           "length": length, "first_call_s": time.perf_counter() - start,
-                           "forward_ms": milliseconds(forward),
-                           "with_backward_ms": milliseconds(both)}
+@torch.enable_grad()
+def attention_times(backend, shapes, causal):
+    """Seconds of the first call, then milliseconds forward, and with the backward pass; bf16."""
+    inputs = [torch.randn(shape, device=DEVICE, dtype=torch.bfloat16).transpose(1, 2)
+              .requires_grad_() for shape in shapes]
+
+    def forward():
+        return F.scaled_dot_product_attention(
+            *inputs, is_causal=causal, enable_gqa=shapes[0] != shapes[1])
+
+    def both():
+        output = forward()
+        torch.autograd.grad(output, inputs, torch.ones_like(output))
+
+    with sdpa_kernel(backend):
+        start = time.perf_counter()
+        both()
+        wait()
+        return {"first_call_s": time.perf_counter() - start, "forward_ms": milliseconds(forward),
+                "with_backward_ms": milliseconds(both)}
 
 
 @torch.no_grad()
@@ -488,6 +488,7 @@ def main(arguments=None):
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    args.json.parent.mkdir(parents=True, exist_ok=True)
     report = json.loads(args.json.read_text()) if args.json.exists() else {}
     report |= {"date": str(datetime.date.today()), "device": name, "torch": torch.__version__,
                "transformers": transformers.__version__}

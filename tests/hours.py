@@ -14,6 +14,7 @@ import heapq
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -24,7 +25,7 @@ from transformers import Qwen3VLForConditionalGeneration
 import eval as evaluation
 import p2r_min
 from bench import CARDS, forward_flops, full_config
-from p2r_min import Settings, estimate_memory
+from p2r_min import Settings
 from rollout import Prompt
 
 PEAK, BANDWIDTH = CARDS["H100"]
@@ -133,8 +134,7 @@ def main(arguments=None):
     evaluation.add_flags(parser, Numbers)
     numbers = Numbers(**vars(parser.parse_args(arguments)))
 
-    # Without weights: only shapes are asked for. The table's columns are rounded as on a GPU.
-    p2r_min.STRIDE = 256
+    # Without weights: only shapes are asked for.
     with torch.device("meta"):
         model = Qwen3VLForConditionalGeneration._from_config(full_config(), dtype=torch.bfloat16)
 
@@ -143,7 +143,8 @@ def main(arguments=None):
     for rows, partner, flag in ((8, 16, ""), (12, 24, ""), (16, 48, "--offload")):
         s = Settings(rollout_batch=rows, partner_batch=partner, offload=bool(flag))
         perception, reasoning, total = hours(model, numbers, s)
-        peaks = estimate_memory(model.config, model.num_parameters(), 2, s)
+        with mock.patch.object(p2r_min, "STRIDE", 256):  # columns are rounded as on a GPU
+            peaks = p2r_min.estimate_memory(model.config, model.num_parameters(), 2, s)
         print(f"{rows:7} {partner:8}  {flag:10} {perception:11.0f} "
               f"{reasoning:10.0f} {total:7.1f} {max(peaks.values()):6.1f}")
 
