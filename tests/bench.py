@@ -63,21 +63,26 @@ TINY_SHAPES = [(100, 6, 3)]
 # Models and inputs
 
 
-def small_config():
+def small_config(language=8, vision=4):
     """The CPU's model: hidden 512, 8 language layers, 4 vision layers, 40M parameters."""
     return Qwen3VLConfig(
         text_config=dict(
             initializer_range=0.08, vocab_size=8192, hidden_size=512, intermediate_size=1536,
-            num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4, head_dim=64,
+            num_hidden_layers=language, num_attention_heads=8, num_key_value_heads=4, head_dim=64,
             tie_word_embeddings=True, max_position_embeddings=65536,
             rope_parameters=dict(rope_type="default", rope_theta=5_000_000.0,
                                  mrope_section=[12, 10, 10], mrope_interleaved=True)),
         vision_config=dict(
-            initializer_range=0.08, depth=4, hidden_size=256, num_heads=4, intermediate_size=1024,
+            initializer_range=0.08, depth=vision, hidden_size=256, num_heads=4, intermediate_size=1024,
             patch_size=16, out_hidden_size=512, num_position_embeddings=2304,
             deepstack_visual_indexes=[0, 1, 2]),
         image_token_id=8, video_token_id=9, vision_start_token_id=6, vision_end_token_id=7,
         tie_word_embeddings=True)
+
+
+def tiny_config():
+    """With as few layers as DeepStack allows: to try the code itself."""
+    return small_config(language=3, vision=3)
 
 
 def full_config():
@@ -773,8 +778,9 @@ def main(arguments=None):
     args.tiny |= args.gpu and DEVICE == "cpu"
     args.config = full_config if args.gpu and DEVICE == "cuda" else small_config
     args.shapes = [tuple(map(int, shape.split(","))) for shape in args.shape or ()]
-    if args.tiny and not args.shapes:
-        args.shapes = TINY_SHAPES
+    if args.tiny:
+        args.config = tiny_config
+        args.shapes = args.shapes or TINY_SHAPES
     global clock
     clock = time.process_time if args.cpu_seconds else time.perf_counter
 

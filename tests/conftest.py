@@ -90,13 +90,14 @@ def scripted(monkeypatch):
 
 
 def write_data(path):
-    """Four questions on noise, with boxes to measure against."""
+    """Four questions on noise, with boxes to measure against; two of them as held_out.jsonl."""
     rows = []
     for i in range(4):
         noise(200, 120, i).save(path / f"{i}.png")
         rows.append({"image": f"{i}.png", "question": f"Which way, {i}?", "answer": "down",
                      "id": f"q{i}", "boxes": [[100, 100, 300, 300]]})
-    (path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, some in (("data", rows), ("held_out", rows[:2])):
+        (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
     return path / "data.jsonl"
 
 
