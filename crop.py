@@ -1,8 +1,9 @@
 """Text -> boxes -> evidence: what happens between the two roles.
 
 The Perceiver answers with text. This module turns the text into boxes, and the boxes into what the
-Reasoner is shown: an annotated copy of the image and up to three enlarged crops. Paper: arXiv
-2607.01191, the evidence step of its inference pipeline.
+Reasoner is shown: an annotated copy of the image, and up to three crops of its full resolution, on
+each of which the model can spend as many pixels as on the whole image. Paper: arXiv 2607.01191, the
+evidence step of its inference pipeline.
 
 Coordinates come in two kinds and never mix:
     a *Box*  lives in 0..1000 on both axes, relative to width and height (the Qwen convention);
@@ -133,7 +134,7 @@ def gather(image, boxes):
         return image, []
     rects = [to_rect(box, image.size) for box in boxes]
 
-    # Crops are cut before anything is drawn: a line might hide what they are to show.
+    # Crops are cut from the image without lines: one might hide what they are to show.
     crops = [image.crop(padded(rect, image.size)) for rect in rects[:MAX_CROPS]]
 
     # The line is as wide as in the paper. Pillow's rectangle includes its right and bottom edge.

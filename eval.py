@@ -3,8 +3,8 @@
     python eval.py --model M --data SPEC    # a benchmark's table; --mode p2r, think, direct, oracle
     python eval.py --model M --image photo.jpg --question "What is written on the red sign?"
 
-The reward of training *is* the check of evaluation: both call `grade`. (The one difference, for a
-frozen Reasoner that forgot its tags, is at `score`.) After the line that says "skip on a first
+The reward of training *is* the check of evaluation: both call `grade`. (They differ where a frozen
+Reasoner forgot its tags, see `score`, and in who is asked about other words, see --judge.) After the line that says "skip on a first
 reading" follow: how a model is asked, in evaluation; how a letter, a number and words are read;
 data files; the papers' tables, and where our protocol differs from the authors'; the command line.
 """
@@ -1116,7 +1116,7 @@ def print_accuracy(columns):
     heads = "".join(f"{title:>10}" for title, _ in columns)
     print(f"\n{'held-out, n = ' + str(last['n']):52}{heads}")
     for name, text in (("p2r", "perceive, then reason"),
-                       ("hit", "the boxes hold all that was asked about"),
+                       ("hit", "the boxes hold the centres of what was asked"),
                        ("plain", "reason on the plain image"),
                        ("oracle", "reason with the true boxes")):
         values = [result[name] for _, result in columns]

@@ -54,10 +54,11 @@ def group_advantages(rewards, eps=1e-6):
 def k3(logp, ref_logp):
     """Per-token estimate of KL(policy || reference): exp(d) - d - 1 with d = ref - policy. (T,)
 
-    Unbiased for samples of the policy, never negative, low in variance. The clamps are the authors'
-    guard against overflow; above 10 the KL has no gradient any more. In bf16 rounding alone makes
-    the two models' log-probs differ as soon as weights move, so the metric `kl` has a floor: look
-    at its growth.
+    For samples of the policy it is unbiased, never negative and low in variance. (Its *gradient*
+    is, as in GRPO, that of the reverse, KL(reference || policy). Both pull to the reference.) The
+    clamps are the authors' guard against overflow; above 10 the KL has no gradient any more. In
+    bf16 rounding alone makes the two models' log-probs differ as soon as weights move, so the
+    metric `kl` has a floor: look at its growth.
     """
     d = (ref_logp - logp).clamp(-20, 20)                                         # (T,)
     return (d.exp() - d - 1).clamp(max=10)                                       # (T,)
@@ -69,12 +70,12 @@ def grpo_loss(logp, old_logp, ref_logp, advantage, *, kl, clip, tokens):
     The loss is a scalar, all other tensors are (T,). logp carries the gradient; old_logp is of the
     policy that sampled, ref_logp of the reference; advantage is that of each token's response;
     clipped says where the ratio was bounded.
-    kl: coefficient of the KL. clip: 0.2. tokens: response tokens of the *whole batch*. The count is
-    fixed before the first part, so the gradient depends neither on the order nor on the split of
-    the groups, and every token weighs the same, in short responses and in long ones.
+    kl: coefficient of the KL. clip: 0.2. tokens: response tokens of the *whole batch*. Divided by
+    these, the groups' losses and gradients add up to those of the batch's mean, in which every
+    token weighs the same, in short responses and in long ones.
     """
     # The importance ratio. At the first update on a batch (strictly on-policy) its value is exactly
-    # 1, and its gradient is that of logp: the loss is then REINFORCE's, with a KL.
+    # 1, and its gradient is that of logp: the gradient is then REINFORCE's, and the KL's.
     ratio = (logp - old_logp).exp()                                              # (T,)
 
     # PPO's pessimistic bound: beyond the clip there is nothing more to gain, but still to lose.
@@ -177,7 +178,8 @@ def response_logprobs(model, row, banned, chunk=512):
 @out_of_memory("updating", "halve --max-pixels in a new run (then --reason-tokens or --group), "
                            "or add --offload")
 def update_batch(policy, reference, optimizer, groups, *, banned, kl, clip, max_norm, updates=1):
-    """The GRPO update on one batch: every group forward and backward, then one optimizer step.
+    """The GRPO update on one batch: every group forward and backward, then one optimizer step
+    (and all of this `updates` times).
 
     groups: list of rollout.Group, with their .advantages; groups may differ in size.
     updates: optimizer steps on this batch; 1 in the paper, so that the ratio is always 1.
@@ -189,7 +191,8 @@ def update_batch(policy, reference, optimizer, groups, *, banned, kl, clip, max_
         sampler_gap    (of the first step) mean |log-prob when sampled - log-prob now|: rounding,
                        unless there is a bug
         nonfinite      the groups whose loss was not finite, or all of them if only the gradient's
-                       norm was not. Such a step updates nothing, and no other follows
+                       norm was not. Such a step changes nothing, and the rest of `updates` is left
+                       out; training goes on with the next batch
     """
     # Fixed before the loop: see grpo_loss.
     tokens = sum(len(c.ids) for group in groups for c in group.completions)
@@ -224,7 +227,7 @@ def update_batch(policy, reference, optimizer, groups, *, banned, kl, clip, max_
                 logp, old_logps[q], ref_logps[q], advantage, kl=kl, clip=clip, tokens=tokens)
             if not loss.isfinite():
                 nonfinite.append(group)
-                continue
+                continue  # the other groups are only looked at, so that all bad ones are named
 
             # Hooks of the optimizer take each gradient over as soon as it is complete: it is added
             # to a float32 sum, and p.grad is None again. `step` scales the sum down to max_norm,

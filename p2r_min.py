@@ -156,8 +156,8 @@ class Players:
     judge: object                     # "self", None or an eval.Judge
 
     def judge_of_training(self):
-        """Who decides whether other words mean the same: never the policy itself. (The frozen copy
-        does, of its own answers, too.)"""
+        """Who decides whether other words mean the same. "self" is the frozen copy, also of its own
+        answers; the policy that is being trained never judges."""
         if self.judge == "self":
             return evaluation.Judge(self.frozen, self.codec.tokenizer)
         return self.judge
@@ -183,7 +183,7 @@ class Rollout:
 @dataclass
 class Experience:
     """What a phase hands to the update, and to those who look on. (A phase of your own may leave
-    groups out, but not all of them.)"""
+    groups out, but not all of them: a mean over no token is no number.)"""
     groups: list                      # of rollout.Group, each with its rollouts and advantages
     partner_calls: int = 0            # prompts that the partner answered (a judge's not counted)
     partner_seconds: float = 0.0
@@ -216,28 +216,34 @@ def perception(players, questions, s, generator):
         rollout.void = violation(rollout.boxes)
 
     # 3. The frozen copy answers. It is greedy, so equal evidence gets equal answers: each distinct
-    #    list of boxes is asked once. (Labels never reach the Reasoner; the order of boxes does.)
-    asked = {}
+    #    list of boxes is asked once.
+    cases = {}
     for rollout in rollouts:
         if not rollout.void:
-            coordinates = tuple(box[:4] for box in rollout.boxes)
-            asked.setdefault((id(rollout.example), coordinates), []).append(rollout)
-    cases = [(alike[0].example, alike[0].boxes) for alike in asked.values()]
+            cases[evidence_of(rollout)] = (rollout.example, rollout.boxes)
 
     started = time.perf_counter()
     answers = [group.completions[0] for group in reason(
-        players.frozen, players.codec, progress(cases, "frozen Reasoner"), s.evidence,
+        players.frozen, players.codec, progress(cases.values(), "frozen Reasoner"), s.evidence,
         greedy=True, max_tokens=s.reason_tokens, rows=s.partner_batch)]
     seconds = time.perf_counter() - started
-    for alike, answer in zip(asked.values(), answers):
-        for rollout in alike:
-            rollout.answer = answer
+
+    answer_to = dict(zip(cases, answers))
+    for rollout in rollouts:
+        if not rollout.void:
+            rollout.answer = answer_to[evidence_of(rollout)]
 
     # 4. The boxes earn the answer's reward. If the frozen Reasoner has forgotten the <answer> tags,
     #    all after its <think>..</think> is read (whole_text): the Perceiver must not pay for it.
     pay(rollouts, players.judge_of_training(), whole_text=True)
     set_advantages(groups)
     return Experience(groups, len(cases), seconds)
+
+
+def evidence_of(rollout):
+    """What a greedy Reasoner's answer depends on: the question and the boxes, in their order. (Not
+    their labels, which never reach it.)"""
+    return id(rollout.example), tuple(box[:4] for box in rollout.boxes)
 
 
 def reasoning(players, questions, s, generator):

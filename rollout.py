@@ -8,7 +8,8 @@ sampled; log-probs come along, so that the trainer's can be compared with them. 
 parsing and for rewards.
 
 Shapes, here and in grpo.py: Q questions, G samples a group, P prompt tokens, R response tokens,
-V vocabulary; here also n, the rows of the sampler's table that are in use.
+V vocabulary; here also n, the rows of the sampler's table that are in use, B the rows of a batch, L
+their length, and d the size of an attention head.
 
 Paper: arXiv 2607.01191. The two roles and their inputs are its inference pipeline; the wording of
 the prompts is ours.
@@ -121,7 +122,7 @@ class Prompt:
     around images, then text, in which one token stands for each square of 32 x 32 pixels (in the
     toy: of 16 x 16)."""
     ids: torch.Tensor        # (P,) token ids, every image expanded to its visual tokens
-    positions: torch.Tensor  # (3, P) temporal, height and width positions (M-RoPE)
+    positions: torch.Tensor  # (3, P) along time, height and width: Qwen's rotary positions, M-RoPE
     pixels: torch.Tensor     # (patches, channels * temporal * patch * patch)
     grids: torch.Tensor      # (images, 3) patches per image along time, height, width
 
@@ -207,6 +208,8 @@ def sample(model, codec, prompts, *, group=1, greedy=False, max_tokens, rows, ge
                 table.reserve(len(newcomers), columns)
                 first = prefill(model, table, len(active), newcomers)           # (new, V)
                 first = first[:, None].expand(-1, group, -1)                    # (new, G, V)
+
+                # (The older rows' `logits` are from stage 4, below.)
                 logits = torch.cat([logits, first]) if active else first        # (n, G, V)
                 active += newcomers
             if not active:
@@ -263,8 +266,9 @@ def shared_prefix_attention(query, key, value, lengths, scaling):
     its responses, which follow each other along L. (B is 1 in training; `prefill` passes B padded
     prompts, without responses.) Returns (B, heads, L, d).
 
-    The library calls it in every layer, through `group_attention`, which is registered below as an
-    attention of the library. The lengths come where a mask would, as the forward's attention_mask.
+    In training and in `prefill` the library calls it in every layer, through `group_attention`,
+    which is registered below as an attention of the library. The lengths come where a mask would,
+    as the forward's attention_mask.
     """
     # A dense (L, L) mask says the same, but takes 0.6 GB at L = 25,000 and keeps PyTorch off its
     # flash kernel.
