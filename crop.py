@@ -305,6 +305,7 @@ CAPTION = 24
 LINE = 28              # a line of text below the tiles
 INDENT = 130           # where the text itself begins, after its title
 CHARACTERS = 76        # of one line: even capitals fit into the page
+MOST_LINES = 200       # of one text
 
 
 def picture(image, boxes, question, texts, seen=()):
@@ -380,9 +381,13 @@ def _lines(texts):
     """[(title, text)] -> [(title or "", line)], each line short enough for the page."""
     lines = []
     for title, text in texts:
+        broken = []
         for paragraph in text.split("\n"):
             # An empty paragraph is an empty line.
-            for line in textwrap.wrap(paragraph, CHARACTERS) or [""]:
-                lines.append((title, line))
-                title = ""
+            broken += textwrap.wrap(paragraph, CHARACTERS) or [""]
+
+        # A policy that has collapsed may write thousands of lines.
+        if len(broken) > MOST_LINES:
+            broken[MOST_LINES:] = [f"(and {len(broken) - MOST_LINES} more lines)"]
+        lines += zip([title] + [""] * len(broken), broken)
     return lines

@@ -4,9 +4,10 @@
     python eval.py --model M --image photo.jpg --question "What is written on the red sign?"
 
 The reward of training *is* the check of evaluation: both call `grade`. (They differ where a frozen
-Reasoner forgot its tags, see `score`, and in who is asked about other words, see --judge.) After the line that says "skip on a first
-reading" follow: how a model is asked, in evaluation; how a letter, a number and words are read;
-data files; the papers' tables, and where our protocol differs from the authors'; the command line.
+Reasoner forgot its tags, see `score`, and in who is asked about other words, see --judge.) After
+the line that says "skip on a first reading" follow: how a model is asked, in evaluation; how a
+letter, a number and words are read; data files; the papers' tables, and where our protocol differs
+from the authors'; the command line.
 """
 
 # Ctrl-C while torch is imported would print a traceback. The program's own handlers come later.
@@ -109,11 +110,23 @@ def grade(pairs, judge=None, whole_text=False):
     pairs = list(pairs)
     scores = [score(text, example, whole_text) for text, example in pairs]
 
-    # The judge sees the answer alone, never the reasoning that led to it.
-    unsettled = [i for i, verdict in enumerate(scores) if verdict.open]
-    if judge and unsettled:
-        cases = [(answer_in(pairs[i][0], whole_text), pairs[i][1]) for i in unsettled]
-        for i, yes in zip(unsettled, judge(cases)):
+    if not judge:
+        return scores
+
+    # The judge sees the answer alone, never the reasoning that led to it. Equal answers to one
+    # question are one case: in bf16 even the padding of a batch can turn a verdict.
+    cases = {}
+    for (text, example), verdict in zip(pairs, scores):
+        if verdict.open:
+            answer = answer_in(text, whole_text)
+            cases[answer, id(example)] = (answer, example)
+    if not cases:
+        return scores
+
+    verdict_on = dict(zip(cases, judge(list(cases.values()))))
+    for i, (text, example) in enumerate(pairs):
+        if scores[i].open:
+            yes = verdict_on[answer_in(text, whole_text), id(example)]
             scores[i] = Score(float(yes), scores[i].answered, judged=True)
     return scores
 
@@ -143,7 +156,8 @@ def score(text, example, whole_text=False):
 def answer_in(text, whole_text=False):
     """What stands inside the last closed <answer>..</answer>, or None.
 
-    With whole_text a text without these tags is an answer itself, but for its <think>..</think>.
+    With whole_text a text without these tags is an answer itself, but for its <think>..</think>;
+    an empty one, if it never stopped thinking.
     """
     # Two searches from the end: linear, however many tags a text may hold.
     end = text.rfind("</answer>")
@@ -151,7 +165,8 @@ def answer_in(text, whole_text=False):
     if start >= 0:
         return text[start + len("<answer>"):].partition("</answer>")[0].strip()
     if whole_text:
-        return text.rpartition("</think>")[2].replace("<answer>", "").strip()
+        said = text.rpartition("</think>")[2]
+        return "" if "<think>" in said else said.replace("<answer>", "").strip()
     return None
 
 
@@ -238,7 +253,8 @@ def ask(model, codec, examples, protocol, judge=None):
             text = group.completions[0].text
             if protocol.mode == "direct" and answer_in(text) is None:
                 thoughts, end, said = text.rpartition("</think>")
-                text = f"{thoughts}{end}<answer>{said}</answer>"
+                if "<think>" not in said:
+                    text = f"{thoughts}{end}<answer>{said}</answer>"
             texts.append(text)
 
         # 3. The verdict, and all that is needed to look into it later.
@@ -1418,7 +1434,7 @@ def run_data(task, protocol):
             print(f"asked are the {len(boxed):,} of {len(examples):,} questions that have boxes")
         examples = boxed
 
-    out = Path(task.out or default_folder(task, protocol))
+    out = Path(task.out or default_folder(task, protocol)).expanduser()
     out.mkdir(parents=True, exist_ok=True)
     held = lock(out / "lock")  # two processes would write every record twice
     config = {name: getattr(task, name) for name in ("model", "data", "images", "judge")}
@@ -1479,7 +1495,7 @@ def run_picture(task, protocol):
     print(f"answer   {'(none: no <answer> in the text)' if answer is None else printable(answer)}")
 
     # A new name each time: nothing is written over.
-    out, number = Path(task.out or "runs"), 1
+    out, number = Path(task.out or "runs").expanduser(), 1
     out.mkdir(parents=True, exist_ok=True)
     while (out / f"{path.stem}-{number}.png").exists():
         number += 1

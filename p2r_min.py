@@ -300,7 +300,7 @@ def pay(rollouts, judge, whole_text=False):
     for rollout, score in zip(answered, evaluation.grade(pairs, judge, whole_text)):
         rollout.score = score
     for rollout in rollouts:
-        rollout.reward = reward_of(rollout)
+        rollout.reward = float(reward_of(rollout))
 
 
 def set_advantages(groups):
@@ -318,8 +318,7 @@ def set_advantages(groups):
 def train(s, run):
     """Run PRA-GRPO with Settings `s`; `run` is the Run that holds its folder. Returns the folder.
 
-    Raises InputError for what the user can mend. What cannot be scored stops the run, too: a reward
-    is never invented.
+    Raises InputError for what the user can mend. A reward is never invented.
     """
     # What a bad flag, row or model folder can break is found here, before anything is trained.
     examples, held_out, policy, codec, judge = prepare(s)
@@ -369,6 +368,7 @@ def train(s, run):
             run.save_model(f"phases/{run.step // s.steps}-{phase}")
         if s.sample_every and (step == 0 or run.step % s.sample_every == 0):
             save_sample(run.folder / "samples", run.step, phase, experience.rollouts[0], codec)
+        del experience  # gigabytes of pixels, which the next rollout's need not lie beside
         run.checkpoint_if_due()
 
     if s.measures_at(s.total) and s.total not in run.accuracy:
@@ -465,6 +465,8 @@ def settings_from(arguments):
     resume = given.pop("resume")
     for name in {"model", "data", "eval_data", "images", "judge"} & given.keys():
         given[name] = from_anywhere(given[name])
+    if "out" in given:
+        given["out"] = os.path.expanduser(given["out"])
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
@@ -817,11 +819,13 @@ class Run:
         self.interrupt = number
         for other in self.handlers:
             signal.signal(other, stop_at_once)
-        say_or_be_silent(b"\nfinishing this step, then saving; once more stops at once\n")
+        say_or_be_silent(b"\nfinishing what is under way, then saving; once more stops at once\n")
 
     def log_accuracy(self, step, found):
         self.accuracy[step] = {"step": step, **found}
         append_json(self.folder / "accuracy.jsonl", self.accuracy[step])
+        if self.interrupt:  # while it was measured
+            self.checkpoint_if_due()
 
     def log(self, metrics):
         append_json(self.folder / "metrics.jsonl", metrics | {"peak_gib": peak_gib()})
@@ -855,8 +859,6 @@ class Run:
         if not self.lock:
             return
         self.ticker.close()
-
-        # What a user can mend is told together with the command that goes on.
         again = f"go on with: python p2r_min.py --resume {shlex.quote(str(self.folder))}"
         try:
             if isinstance(error, NotANumber):
@@ -901,8 +903,8 @@ class Ticker:
                   f"{seconds:.1f} s a step, {hours:.1f} h left", flush=True)
 
         if metrics["nonfinite"]:
-            tqdm.write(f"step {step} updated nothing: loss or gradient is not finite for question "
-                       f"{', '.join(metrics['nonfinite'])}; look at it, or lower --lr")
+            tqdm.write(f"step {step} left an update out: loss or gradient is not finite for "
+                       f"question {', '.join(metrics['nonfinite'])}; look at it, or lower --lr")
 
     def close(self):
         if self.bar:

@@ -314,6 +314,13 @@ def test_more_text_makes_a_longer_picture_and_none_of_it_is_lost():
     assert colours_of(margin) == {(255, 255, 255)}
 
 
+def test_thousands_of_lines_do_not_make_a_picture_of_gigabytes():
+    """A policy that collapsed to newlines wrote 30,000 of them: 1200 x 840,572 pixels, once."""
+    image = Image.new("RGB", (64, 64), "white")
+    page = picture(image, [], "?", [("reasoner", "\n" * 30_000), ("truth", "red")])
+    assert page.height < 10_000
+
+
 @pytest.mark.parametrize("label", ['sign with "EXIT" on it', "two\nlines", '"EXIT"'])
 def test_a_label_that_is_no_json_string_costs_no_box(label):
     text = '[{"bbox_2d": [1, 2, 3, 4], "label": "%s"}, {"bbox_2d": [5, 6, 7, 8], "label": "b"}]' % label

@@ -272,10 +272,11 @@ def test_results_of_other_images_are_not_taken_for_these(folder, data, tmp_path,
 
 
 def test_what_is_thought_unasked_is_not_part_of_a_direct_answer(folder, monkeypatch):
-    monkeypatch.setattr(evaluation, "direct", lambda *a, **how: iter([group("A or B? It is red.</think>\n\nB")]))
     example = Example(None, "Which?", "B", "mca", ("blue", "red"))
-    [record] = evaluation.ask(None, None, [example], Protocol(mode="direct"))
-    assert record["reward"] == 1
+    for text, reward in (("A or B? It is red.</think>\n\nB", 1), ("<think>It is red", 0)):
+        monkeypatch.setattr(evaluation, "direct", lambda *a, text=text, **how: iter([group(text)]))
+        [record] = evaluation.ask(None, None, [example], Protocol(mode="direct"))
+        assert record["reward"] == reward
 
 
 def test_oracle_asks_where_there_are_boxes_and_nowhere_else(folder, tmp_path, capsys):

@@ -263,6 +263,25 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
     assert outcome(go(s, resumed=True)) == undisturbed
 
 
+@pytest.mark.parametrize("measurement", [0, 3, 6])
+def test_a_signal_while_accuracy_is_measured_saves_after_it(
+        folder, data, tmp_path, monkeypatch, undisturbed, measurement):
+    """Not after the step that would come next, which takes minutes; nor never, after the last one."""
+    run = tmp_path / "run"
+    s, real = settings(folder, data, run, save_every=0), p2r_min.measure
+
+    def interrupted(*inputs):
+        if len(metrics(run)) == measurement:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*inputs)
+    monkeypatch.setattr(p2r_min, "measure", interrupted)
+    with pytest.raises(SystemExit):
+        go(s)
+    assert len(metrics(run)) == measurement
+    monkeypatch.setattr(p2r_min, "measure", real)
+    assert outcome(go(s, resumed=True)) == undisturbed
+
+
 def test_a_second_ctrl_c_stops_at_once(folder, data, tmp_path, scripted):
     """(Python's own handler is put in place first: a shell's background jobs start without it.)"""
     started = signal.signal(signal.SIGINT, signal.default_int_handler)

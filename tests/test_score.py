@@ -268,7 +268,9 @@ def test_score(text, truth, reward, answered, still_open):
     ("<think>The sign is blue.</think> blue", example("blue"), 1, False),
     ("<answer>blue", example("blue"), 1, False),
     ("<answer>red</answer> blue", example("blue"), 0, True),                     # tags still come first
-    ("<think>blue", example("blue"), 0, False),
+    ("<think>blue", example("blue"), 0, False),                                  # cut off in the middle of its thoughts
+    ("<think>The sign is blue", example("B", "mca", ("red", "blue")), 0, False),
+    ("<think>a</think> <think>The sign is blue", example("B", "mca", ("red", "blue")), 0, False),
     ("", example("blue"), 0, False),
 ])
 def test_a_frozen_reasoner_without_tags_is_read_as_a_whole(text, truth, reward, answered):
@@ -340,6 +342,20 @@ def test_the_judge_is_asked_once_for_what_is_open_and_nothing_else():
     assert len(asked) == 1                                                        # nothing open, nothing asked
     assert grade([("<think>hm</think>crimson", red)], judge, whole_text=True) == [Score(1, False, judged=True)]
     assert asked[1:] == [[("crimson", red)]]                                      # ... about the answer alone
+
+
+def test_equal_answers_to_a_question_get_one_verdict():
+    """In bf16 a batch's padding can turn a near tie: eight equal answers once earned 0 0 0 0 1 1 1 1."""
+    red, blue = example("red"), Example(None, "which?", "blue")
+    calls = []
+
+    def judge(cases):
+        calls.append(cases)
+        return [place == 0 for place in range(len(cases))]
+
+    pairs = [("<answer>crimson</answer>", red)] * 3 + [("<answer>crimson</answer>", blue)] + [("<answer> crimson </answer>", red)] * 2
+    assert [s.reward for s in grade(pairs, judge)] == [1, 1, 1, 0, 1, 1]
+    assert calls == [[("crimson", red), ("crimson", blue)]]
 
 
 def test_the_judges_verdict_is_the_librarys_next_token(tiny):

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import go, metrics, noise, small
+from conftest import chance, go, metrics, noise, small
 from safetensors.torch import load_file
 from transformers import GenerationConfig, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
@@ -211,6 +211,30 @@ def test_the_frozen_copy_judges_and_evidence_and_bad_rows_are_as_asked(
                             evidence="crops", skip_bad=True)))
     assert [row["judged"] for row in rows] == [row["reward_mean"] for row in rows] == [1.0, 1.0]
     assert asked == [False, False] and set(seen) == {"crops"}
+
+
+def test_a_reward_may_be_any_number(folder, data, tmp_path, monkeypatch, scripted):
+    """`reward_of` is where forks pay something else: an int or a bool is a reward, too."""
+    for kind in (int, bool):
+        monkeypatch.setattr(p2r_min, "reward_of",
+                            lambda rollout, kind=kind: kind(chance(rollout.sampled.text, None).reward))
+        rows = metrics(go(small(folder, data, tmp_path / kind.__name__, steps=1)))
+        assert all(0 <= row["reward_mean"] <= 1 for row in rows)
+
+
+def test_a_steps_prompts_are_gone_when_the_next_one_begins(
+        folder, data, tmp_path, monkeypatch, scripted):
+    """Their pixels are gigabytes."""
+    prompts, alive = [], []
+    for name, phase in list(p2r_min.PHASES.items()):
+        def watched(*inputs, _real=phase):
+            alive.append(sum(prompt() is not None for prompt in prompts))
+            experience = _real(*inputs)
+            prompts.extend(weakref.ref(group.prompt) for group in experience.groups)
+            return experience
+        monkeypatch.setitem(p2r_min.PHASES, name, watched)
+    go(small(folder, data, tmp_path / "run"))
+    assert alive == [0, 0, 0, 0] and len(prompts) == 8
 
 
 def test_data_is_shuffled_passes_that_depend_on_seed_and_step_only():
