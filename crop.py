@@ -52,7 +52,6 @@ class Parsed(NamedTuple):
     """What was read from one Perceiver output."""
     boxes: list            # the usable boxes, in the model's order
     parsable: bool         # False: neither a usable box nor an explicit `[]` was found
-    dropped: int           # how many objects began like a box but hold no usable one
 
 
 # ---------------------------------------------------------------------------------------------
@@ -77,26 +76,26 @@ def parse_boxes(text):
     >>> parse_boxes('[{"bbox_2d": [10, 20, 300, 400], "label": "sign"}]').boxes
     [Box(x1=10.0, y1=20.0, x2=300.0, y2=400.0, label='sign')]
     >>> parse_boxes("[]"), parse_boxes("I see a sign.")
-    (Parsed(boxes=[], parsable=True, dropped=0), Parsed(boxes=[], parsable=False, dropped=0))
+    (Parsed(boxes=[], parsable=True), Parsed(boxes=[], parsable=False))
     """
     starts = [match.start() for match in OBJECT.finditer(text)]
     ends = starts[1:] + [len(text)]
-    boxes, dropped = [], 0
+    boxes, broken = [], False
     for start, end in zip(starts, ends):
         piece = text[start:end]
 
-        # Without a key of ours it is no broken box, but a wrapper: skipped, and not counted.
+        # Without a key of ours it is no broken box, but a wrapper.
         if not any(f"{key}{quote}" in piece for key in BOX_KEYS for quote in "\"'"):
             continue
         box = _read_box(piece)
         if box is None:
-            dropped += 1
+            broken = True
         else:
             boxes.append(box)
 
     # `[]` says "the whole image is needed", unless it is what is left of a broken box.
-    empty_list = not dropped and re.search(r"\[\s*\]", text) is not None
-    return Parsed(boxes, bool(boxes) or empty_list, dropped)
+    empty_list = not broken and re.search(r"\[\s*\]", text) is not None
+    return Parsed(boxes, bool(boxes) or empty_list)
 
 
 # ---------------------------------------------------------------------------------------------

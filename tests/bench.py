@@ -628,7 +628,7 @@ def row_phases(args):
         looked.append(at)
         three = [Box(10 + at, 10, 280 + at, 300, "a"), Box(10 + at, 400, 280 + at, 690, "b"),
                  Box(500, 10 + at, 800, 300 + at, "c")]
-        return Parsed(three, True, 0)
+        return Parsed(three, True)
 
     def pay(rollouts, *_, **__):
         for i, sampled in enumerate(rollouts):

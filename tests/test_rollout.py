@@ -624,7 +624,7 @@ def test_a_decode_step_of_28_layers_is_below_1000_launches(tiny, monkeypatch):
 def test_perceive_reads_the_boxes_with_the_modules_parser(tiny, monkeypatch):
     """Every completion's own text goes through rollout.parse_boxes, which a fork may replace."""
     model, codec = tiny
-    monkeypatch.setattr(rollout, "parse_boxes", lambda text: Parsed([text], True, 0))
+    monkeypatch.setattr(rollout, "parse_boxes", lambda text: Parsed([text], True))
     examples = [SimpleNamespace(load_image=lambda: noise(90, 90), question=f"Where is {i}?")
                 for i in range(3)]
     groups = list(rollout.perceive(model, codec, examples, group=2, max_tokens=4, rows=2))

@@ -140,7 +140,7 @@ def test_every_group_gets_its_own_rewards(folder, data, tmp_path, monkeypatch, s
         paid.extend(codec.decode(group.prompt.ids) for group in groups)
         return {"loss": 0.0, "kl": 0.0, "nonfinite": []}
     monkeypatch.setattr(p2r_min.grpo, "update_batch", spy)
-    scripted(lambda text: Parsed([], True, 0),
+    scripted(lambda text: Parsed([], True),
              lambda text, example, whole_text=False: Score(float(example.question[-2]), True))
     go(small(folder, data, tmp_path / "run", schedule="joint", questions=4, steps=1))
 
@@ -156,7 +156,7 @@ def test_each_distinct_evidence_is_asked_once_and_void_rollouts_never(
     """G = 4 of one question: the same boxes twice (other labels), no boxes, overlapping boxes."""
     a, b = Box(100, 100, 400, 400, "a"), Box(110, 110, 410, 410, "b")
     lists = iter([[a], [a._replace(label="other")], [], [a, b]] * 100)
-    scripted(lambda text: Parsed(next(lists), True, 0),
+    scripted(lambda text: Parsed(next(lists), True),
              lambda text, example, whole_text=False: Score(1.0, True))
     run = go(small(folder, data, tmp_path / "run", steps=1, questions=1, group=4))
     first = metrics(run)[0]
@@ -168,8 +168,8 @@ def test_each_distinct_evidence_is_asked_once_and_void_rollouts_never(
 def test_metrics_by_hand(folder, data, tmp_path, scripted):
     """G = 4 of one question in the perception phase: a whole-image box, garbage, two small boxes."""
     whole, left, right = Box(0, 0, 1000, 950, "w"), Box(0, 0, 100, 100, "l"), Box(900, 0, 1000, 100, "r")
-    lists = iter([Parsed([whole], True, 0), Parsed([], False, 0),
-                  Parsed([left, right], True, 0), Parsed([left], True, 0)] * 9)
+    lists = iter([Parsed([whole], True), Parsed([], False),
+                  Parsed([left, right], True), Parsed([left], True)] * 9)
     answered = iter([True, False, True, True] * 9)
     scripted(lambda text: next(lists),
              lambda text, example, whole_text=False: Score(float(whole_text), next(answered)))
@@ -475,7 +475,7 @@ def test_two_phases_in_the_layout_of_the_real_model(tmp_path, monkeypatch, scrip
     counts, paid = iter(range(999)), iter(range(999))
     lists = ([], [Box(100, 100, 400, 400, "a")],
              [Box(0, 0, 200, 200, "a"), Box(300, 300, 500, 500, "b"), Box(600, 600, 900, 900, "c")])
-    scripted(lambda text: Parsed(lists[next(counts) % 3], True, 0),
+    scripted(lambda text: Parsed(lists[next(counts) % 3], True),
              lambda text, example, whole_text=False: Score(float(next(paid) % 2), True))
     run = go(s)
 
