@@ -12,6 +12,7 @@ Coordinates come in two kinds and never mix:
 The model's text is data. It is never evaluated, and every reader here takes time linear in it.
 """
 
+import itertools
 import json
 import math
 import re
@@ -140,8 +141,8 @@ def gather(image, boxes):
     annotated = image.copy()
     draw = ImageDraw.Draw(annotated)
     line = max(3, round(0.003 * image.width))
-    for number, (left, top, right, bottom) in enumerate(rects):
-        draw.rectangle((left, top, right - 1, bottom - 1), outline=colour_of(number), width=line)
+    for (left, top, right, bottom), colour in zip(rects, itertools.cycle(COLOURS.values())):
+        draw.rectangle((left, top, right - 1, bottom - 1), outline=colour, width=line)
     return annotated, crops
 
 
@@ -245,30 +246,12 @@ def _read_number(value):
 
 def iou(a, b):
     """Intersection over union of two boxes, 0..1."""
-    # The rectangle that they share, if they share one.
-    width = min(a.x2, b.x2) - max(a.x1, b.x1)
-    height = min(a.y2, b.y2) - max(a.y1, b.y1)
-    if width <= 0 or height <= 0:
-        return 0.0
+    width = max(min(a.x2, b.x2) - max(a.x1, b.x1), 0)
+    height = max(min(a.y2, b.y2) - max(a.y1, b.y1), 0)
     shared = width * height
     area_a = (a.x2 - a.x1) * (a.y2 - a.y1)
     area_b = (b.x2 - b.x1) * (b.y2 - b.y1)
     return shared / (area_a + area_b - shared)
-
-
-def to_box(rect, size, label=""):
-    """A rect of an image of size (width, height) -> its Box, rounded to whole numbers."""
-    # The way back from `to_rect`, for data that has boxes in pixels.
-    width, height = size
-    left, top, right, bottom = rect
-    return Box(round(1000 * left / width), round(1000 * top / height),
-               round(1000 * right / width), round(1000 * bottom / height), label)
-
-
-def colour_of(number):
-    """The colour of the box with this number, counted from 0."""
-    colours = list(COLOURS.values())
-    return colours[number % len(colours)]
 
 
 def to_rgb(image):
@@ -307,14 +290,14 @@ CHARACTERS = 76        # of one line: even capitals fit into the page
 MOST_LINES = 200       # of one text
 
 
-def picture(image, boxes, question, texts, seen=()):
+def picture(image, boxes, question, texts, scaled):
     """One picture that tells the whole story of a rollout. Returns an RGB image, PAGE wide.
 
     image: the original (RGB), of any size and shape; it is shown large, with the boxes drawn.
-    seen: up to two images at the model's own pixels, the whole image and the first crop: beside
-    the large one they show what the model cannot see, and why it must point. texts: list of
-    (title, text) written below, such as ("perceiver", "[...]"). Latin letters only: that is what
-    Pillow's own font has.
+    scaled: gives an image the pixels that the model sees (Codec.scaled). The whole image and the
+    first crop are shown so, too: what cannot be seen there is why the model must point. texts: list
+    of (title, text) written below, such as ("perceiver", "[...]"). Latin letters only: that is
+    what Pillow's own font has.
     """
     # The large image. Its boxes are drawn at the page's scale: the original's lines might vanish.
     wide = image.width > 2 * image.height
@@ -324,11 +307,12 @@ def picture(image, boxes, question, texts, seen=()):
 
     # The small tiles: (image, caption, colour of the frame).
     tiles = []
-    for number, view in enumerate(seen):
+    for number, view in enumerate([image, *crops[:1]]):
+        view = scaled(view)
         what = "what it sees of crop 1" if number else "what the model sees"
         tiles.append((view, f"{what}: {view.width} x {view.height}", "#000000"))
-    for number, crop in enumerate(crops):
-        tiles.append((crop, f"crop {number + 1}", colour_of(number)))
+    for number, (crop, colour) in enumerate(zip(crops, COLOURS.values()), start=1):
+        tiles.append((crop, f"crop {number}", colour))
     tiles = [(_fit(tile, CELL, CELL), *more) for tile, *more in tiles]
 
     # They stand in rows: beside the large image, or below it if it takes the whole width.

@@ -10,11 +10,10 @@ letter, a number and words are read; data files; the papers' tables, and where o
 from the authors'; the command line.
 """
 
-# Ctrl-C while torch is imported would print a traceback. The program's own handlers come later.
-if __name__ == "__main__":
-    import signal
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
 
 import argparse
 import ast
@@ -22,7 +21,6 @@ import base64
 import contextlib
 import csv
 import dataclasses
-import glob
 import hashlib
 import inspect
 import itertools
@@ -31,7 +29,6 @@ import math
 import os
 import random
 import re
-import signal
 import string
 import sys
 import time
@@ -43,11 +40,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 # (As in p2r_min.py, for a table that grows.)
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
@@ -58,9 +50,9 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 import toy
-from crop import COLOURS, MAX_CROPS, MAX_RATIO, Box, gather, picture, to_rect, to_rgb
+from crop import COLOURS, MAX_CROPS, MAX_RATIO, Box, picture, to_rect, to_rgb
 from rollout import (DATA_FILES, FORMS, REGIONS, SHARD, InputError, cached, direct, find, load,
-                     out_of_memory, perceive, reason)
+                     need, one_data_set, out_of_memory, perceive, reason)
 
 HERE = Path(__file__).parent
 LETTERS = "ABCDEF"  # no benchmark gives more than six options
@@ -214,9 +206,7 @@ class Protocol:
         need(self.mode in MODES, f"--mode {self.mode} is not one of {', '.join(MODES)}")
         need(self.evidence in REGIONS,
              f"--evidence {self.evidence} is not one of {', '.join(REGIONS)}")
-        for name in ("max_pixels", "perceive_tokens", "reason_tokens", "penalty", "batch"):
-            value = getattr(self, name)
-            need(0 < value < math.inf, f"--{name.replace('_', '-')} {value} must be more than 0")
+        check_numbers(self)
 
 
 def ask(model, codec, examples, protocol, judge=None):
@@ -241,24 +231,18 @@ def ask(model, codec, examples, protocol, judge=None):
             looks = [group.completions[0] for group in groups]
             boxes = [look.parsed.boxes for look in looks]
 
-        # 2. The answer. In mode direct the whole text is the answer, unless it has tags; but not
-        #    what a model thinks unasked.
+        # 2. The answer.
         if protocol.mode == "direct":
             groups = direct(model, codec, chunk, max_tokens=protocol.reason_tokens, **limits)
         else:
             groups = reason(model, codec, list(zip(chunk, boxes)), protocol.evidence,
                             max_tokens=protocol.reason_tokens, **limits)
-        texts = []
-        for group in groups:
-            text = group.completions[0].text
-            if protocol.mode == "direct" and answer_in(text) is None:
-                thoughts, end, said = text.rpartition("</think>")
-                if "<think>" not in said:
-                    text = f"{thoughts}{end}<answer>{said}</answer>"
-            texts.append(text)
+        texts = [group.completions[0].text for group in groups]
 
-        # 3. The verdict, and all that is needed to look into it later.
-        scores = grade(zip(texts, chunk), judge)
+        # 3. The verdict, and all that is needed to look into it later. In mode direct nobody asks
+        #    for tags: the whole text is the answer, but for what a model thinks unasked.
+        whole_text = protocol.mode == "direct"
+        scores = grade(zip(texts, chunk), judge, whole_text)
         for example, look, found, text, verdict in zip(chunk, looks, boxes, texts, scores):
             record = {name: getattr(example, name) for name in
                       ("id", "category", "rotation", "question", "answer", "answer_form")}
@@ -266,8 +250,8 @@ def ask(model, codec, examples, protocol, judge=None):
                 "image": str(example.image), "options": list(example.options),
                 "boxes": [list(box) for box in found],
                 "parsable": look and look.parsed.parsable, "perceived": look and look.text,
-                "reasoned": text, "reward": verdict.reward, "answered": verdict.answered,
-                "judged": verdict.judged}
+                "reasoned": text, "reward": verdict.reward,
+                "answered": verdict.answered or whole_text, "judged": verdict.judged}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -623,10 +607,15 @@ class Judge:
         return verdicts
 
 
-def need(fine, problem):
-    """Raises InputError with this sentence unless `fine`."""
-    if not fine:
-        raise InputError(problem)
+def check_numbers(settings, may_be_0=()):
+    """Raises InputError for the first number of a dataclass that is negative, not finite, or 0."""
+    for field in dataclasses.fields(settings):
+        value, flag = getattr(settings, field.name), "--" + field.name.replace("_", "-")
+        if field.type in (int, float):
+            # (NaN fails every comparison.)
+            fine = 0 < value < math.inf or (value == 0 and field.name in may_be_0)
+            least = "0 or more" if field.name in may_be_0 else "more than 0"
+            need(fine, f"{flag} {value} must be finite, and {least}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -699,26 +688,16 @@ def load_data(spec, images=None, skip_bad=False, flag="--data"):
 
 def data_files(spec, flag="--data"):
     """The files that SPEC names: one, or all shards of one. Raises InputError if it is unclear."""
-    # A shard (x-00001-of-00007.parquet) stands for all of them. In a folder, hidden ones are left
-    # out: version control and caches keep JSON of their own.
+    # A shard (x-00001-of-00007.parquet) stands for all of them.
     path = find(spec, flag, "dataset")
     if path.is_file():
-        folder, files = path.parent, path.parent.glob(SHARD.sub("-*-of-", glob.escape(path.name)))
+        base = SHARD.sub("-of-", path.name)
+        files = sorted(f for f in path.parent.iterdir() if SHARD.sub("-of-", f.name) == base)
     else:
-        folder, files = path, path.rglob("*")
-    files = sorted(file for file in files if file.suffix in DATA_FILES)
-    if path.is_dir():
-        files = [file for file in files if not file.relative_to(path).parts[0].startswith(".")]
-
-    # Beside a data.jsonl other names (annotations among the images, say) don't count.
-    if path / "data.jsonl" in files:
-        files = [file for file in files if file.with_suffix("") == path / "data"]
-    need(files, f"{flag} {spec}: there is no file that ends in {', '.join(DATA_FILES)}")
-
-    # One set in two formats would be read twice, and halve the error bar.
-    sets = {SHARD.sub("-of-", str(file)) for file in files}
-    choice = " or ".join(f"{spec}/{file.relative_to(folder)}" for file in files[:4])
-    need(len(sets) == 1, f"{flag} {spec} holds several data files: name one of them, as {choice}")
+        inside = [file.relative_to(path).as_posix() for file in path.rglob("*")]
+        files = [path / file for file in one_data_set(inside, spec, flag)]
+    need(files and files[0].suffix in DATA_FILES,
+         f"{flag} {spec}: there is no file that ends in {', '.join(DATA_FILES)}")
 
     # A part would pass for the whole.
     total = re.search(r"-\d+-of-(\d+)\.\w+$", files[0].name)
@@ -1086,21 +1065,12 @@ def split_options(question):
 #
 # Protocol. As the authors evaluate (greedy, at most 4,194,304 pixels an image and at least what the
 # checkpoint's own image processor says, repetition penalty 1.05, 256 tokens for the Perceiver and
-# 1024 for the Reasoner, an answer without <answer> is wrong), but for this:
-#
-#  1. The prompts are worded by us, so a published checkpoint meets words it was not trained on.
-#  2. A data set's question loses its sentences on how to answer, which would contradict our prompt,
-#     and its options are lettered anew, one a line (`clean_question`, `split_options`).
-#  3. The answer form of a row that does not say is guessed: options make it a choice, else it is
-#     free-form. (The authors' loaders know each data set.)
-#  4. Option letters and numbers are read by the rules above, boxes by crop.parse_boxes. Of several
-#     <answer> the last counts; the authors take the first.
-#  5. Images are turned upright (EXIF), and what is transparent is white. Crops are rounded
-#     outwards.
-#  6. A model that training wrote is asked under the limits of its training (its p2r.json), unless a
-#     flag says otherwise.
-#  7. `think` and `direct` run under the same budgets and penalty, `direct` with the Reasoner's
-#     limit, which is longer than a plain answer needs; the papers' baselines may not have.
+# 1024 for the Reasoner, an answer without <answer> is wrong), but for departures 2, 3, 5 and 6 of
+# README.md: which <answer> counts, the words of prompts and questions, images, how answers and
+# boxes are read. And a model that training wrote is asked under the limits of its training (its
+# p2r.json), unless a flag says otherwise; `think` and `direct` run under the same budgets and
+# penalty, `direct` with the Reasoner's limit, which is longer than a plain answer needs (the
+# papers' baselines may not have).
 
 
 def accuracy(records):
@@ -1215,16 +1185,11 @@ def print_benchmark(records, title, spec, speed=None):
 
 def draw(record, example, codec):
     """One record -> the picture that tells its story."""
-    image = example.load_image()
     boxes = [Box(*box) for box in record["boxes"]]
     texts = [("perceiver", record["perceived"]), ("reasoner", record["reasoned"]),
              ("truth", record["answer"])]
     texts = [(title, text) for title, text in texts if text]
-
-    # What the model sees: the whole image and the first crop, at its own pixels.
-    _, crops = gather(image, boxes)
-    seen = [codec.scaled(view) for view in (image, *crops[:1])]
-    return picture(image, boxes, record["question"], texts, seen=seen)
+    return picture(example.load_image(), boxes, record["question"], texts, codec.scaled)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1234,36 +1199,27 @@ def draw(record, example, codec):
 def add_flags(parser, settings):
     """One flag for every field of a dataclass, from its source: `name: type = default  # help`.
 
-    Comment lines below a field continue its help; one after a blank line, or before the first
-    field, is the title of a group. Only flags that were given come back from the parser.
+    Fields stand in blocks, with a blank line between them. A comment on a line of its own is the
+    title of a block; comment lines further right continue a field's help. Only flags that were
+    given come back from the parser.
     """
-    # Read the comments. A dataclass keeps names, types and defaults, but not what stands beside.
-    group, name, blank, helps, groups = parser, None, False, {}, {}
-    for line in inspect.getsource(settings).splitlines():
-        code, _, comment = line.strip().partition("#")
-        field = re.match(r"(\w+): \w+ = ", code)
-        if code.startswith(("def ", "@property")):
-            break  # the fields end where the methods begin
-        if field:
-            name = field[1]
-            helps[name], groups[name] = comment.strip(), group
-        elif comment and not code and (blank or name is None):
-            group = parser.add_argument_group(comment.strip())
-        elif comment and not code:
-            helps[name] += " " + comment.strip()
-        blank = not line.strip()
+    # A dataclass keeps names, types and defaults, but not the comments beside them.
+    fields = settings.__dataclass_fields__
+    for block in inspect.getsource(settings).split("\n\n"):
+        title = re.search(r"^    # (.*)", block, re.MULTILINE)
+        group = parser.add_argument_group(title[1]) if title else parser
+        found = re.findall(r"^    (\w+): .*?  # (.*(?:\n {8,}# .*)*)", block, re.MULTILINE)
+        for name, comment in found:
+            text = re.sub(r"\n +# ", " ", comment)
+            if fields[name].default != "":
+                text += f" (default: {fields[name].default})"
+            how = {"type": fields[name].type}
+            if fields[name].type is bool:
+                how = {"action": argparse.BooleanOptionalAction}
 
-    # argparse.SUPPRESS: what was not given must not hide what a run or the toy says.
-    for field in dataclasses.fields(settings):
-        how = {"type": field.type}
-        if field.type is bool:
-            how = {"action": argparse.BooleanOptionalAction}
-        text = helps[field.name]
-        if field.default != "":
-            text += f" (default: {field.default})"
-        flag = "--" + field.name.replace("_", "-")
-        groups[field.name].add_argument(flag, default=argparse.SUPPRESS,
-                                        help=text.replace("%", "%%"), **how)
+            # argparse.SUPPRESS: what was not given must not hide what a run or the toy says.
+            flag = "--" + name.replace("_", "-")
+            group.add_argument(flag, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **how)
 
 
 def run_program(name, main, arguments=None, hint=""):
@@ -1274,6 +1230,9 @@ def run_program(name, main, arguments=None, hint=""):
     """
     def stop(number, frame):
         raise KeyboardInterrupt(number)
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
 
     # The handlers that were here before are put back: tests run programs inside their own.
     before = {number: signal.signal(number, stop) for number in ending_signals()}
@@ -1301,6 +1260,14 @@ def ending_signals():
     return [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
 
 
+def next_free(path, ending=""):
+    """path-1, or the first -2, -3, ... that does not exist yet: nothing is written over."""
+    number = 1
+    while Path(f"{path}-{number}{ending}").exists():
+        number += 1
+    return Path(f"{path}-{number}{ending}")
+
+
 def lock(path):
     """An open file that no other process can lock as long as this one lives.
 
@@ -1308,13 +1275,13 @@ def lock(path):
     nobody is warned.)
     """
     file = path.open("w")
-    if fcntl:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"{path.parent} is being used by another process") from error
-        except OSError:
-            pass  # no locks on this disk
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(f"{path.parent} is being used by another process") from error
+    except (ImportError, OSError):
+        pass
     return file
 
 
@@ -1343,8 +1310,7 @@ class Task:
 
     def check(self):
         """Raises InputError for the first setting that cannot work."""
-        for name in ("limit", "pictures"):
-            need(getattr(self, name) >= 0, f"--{name} {getattr(self, name)} must be 0 or more")
+        check_numbers(self, may_be_0=("limit", "pictures"))
         need(self.answer_form in FORMS,
              f"--answer-form {self.answer_form} is not one of {', '.join(FORMS)}")
 
@@ -1361,17 +1327,22 @@ class Task:
              "--model needs --data (a benchmark, or questions of your own), or --image, --question")
 
 
+def read_jsonl(path):
+    """The rows of a file that grows line by line; a last one that a kill left half is no row."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
 def earlier_records(out, config, examples):
     """The records that an earlier run left in the folder `out`; [] where there are none.
 
-    A last line that a kill left half is none. Raises InputError where other results are in the way.
+    Raises InputError where other results are in the way.
     """
     results, config_file = out / "results.jsonl", out / "config.json"
     if not results.exists() or not config_file.exists():
         return []
-    lines = results.read_text().splitlines(keepends=True)
     try:
-        records = [json.loads(line) for line in lines if line.endswith("\n")]
+        records = read_jsonl(results)
         known = json.loads(config_file.read_text())
     except ValueError as error:
         raise InputError(f"{out} holds what is not JSON ({error}): choose another --out") from error
@@ -1491,15 +1462,12 @@ def run_picture(task, protocol):
     boxes = [Box(*box) for box in record["boxes"]]
     for box, colour in zip(boxes, itertools.cycle(COLOURS)):
         print(f"{colour:8} {printable(box.label)}: pixels {to_rect(box, size)}")
-    answer = answer_in(record["reasoned"])
+    answer = answer_in(record["reasoned"], whole_text=protocol.mode == "direct")
     print(f"answer   {'(none: no <answer> in the text)' if answer is None else printable(answer)}")
 
-    # A new name each time: nothing is written over.
-    out, number = Path(task.out or "runs").expanduser(), 1
+    out = Path(task.out or "runs").expanduser()
     out.mkdir(parents=True, exist_ok=True)
-    while (out / f"{path.stem}-{number}.png").exists():
-        number += 1
-    file = out / f"{path.stem}-{number}.png"
+    file = next_free(out / path.stem, ".png")
     draw(record, example, codec).save(file)
     print(f"picture  {file}")
 
@@ -1545,8 +1513,6 @@ def main(arguments=None):
     # An empty text is what a shell makes of a variable that is not set: never what was meant.
     for name, value in flags.items():
         need(value != "", f"--{name.replace('_', '-')} is empty: give it a value, or leave it out")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
 
     # A given flag wins over the model's own values, and those over the authors' protocol.
     task = Task(**{name: flags.pop(name) for name in list(flags)

@@ -52,7 +52,6 @@ from pathlib import Path
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -60,10 +59,10 @@ from tqdm import tqdm
 import eval as evaluation
 import grpo
 import toy
-from crop import MAX_CROPS, WHOLE, gather, picture, violation
+from crop import MAX_CROPS, WHOLE, picture, violation
 from eval import mean
 from rollout import (PREFILL, REGIONS, STRIDE, TEXT_TOKENS, Completion, InputError, NotANumber,
-                     find, fitting, load, out_of_memory, perceive, progress, reason)
+                     find, fitting, load, need, out_of_memory, perceive, progress, reason)
 
 # ---------------------------------------------------------------------------------------------
 # Settings
@@ -467,8 +466,6 @@ def settings_from(arguments):
         given[name] = from_anywhere(given[name])
     if "out" in given:
         given["out"] = os.path.expanduser(given["out"])
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
 
     # Settings come from the run that goes on, or from the toy where no model is named.
     if resume is not None:
@@ -504,30 +501,19 @@ def from_anywhere(name):
 
 def check(s):
     """Raises InputError for the first setting that cannot work."""
-    # (isfinite refuses NaN, which would pass every comparison.)
-    positive = ("iterations", "steps", "questions", "updates", "lr", "clip", "max_grad_norm",
-                "max_pixels", "perceive_tokens", "reason_tokens", "rollout_batch",
-                "partner_batch")
-    not_negative = ("eval_every", "save_every", "sample_every", "seed", "kl", "weight_decay")
-    for name in positive + not_negative:
-        value, flag = getattr(s, name), "--" + name.replace("_", "-")
-        if not math.isfinite(value) or value < 0 or (value == 0 and name in positive):
-            least = "more than 0" if name in positive else "0 or more"
-            raise InputError(f"{flag} {value} must be finite, and {least}")
+    evaluation.check_numbers(s, may_be_0=(
+        "eval_every", "save_every", "sample_every", "seed", "kl", "weight_decay"))
 
     # What no single range tells.
-    if s.seed >= 2**32:
-        raise InputError(f"--seed {s.seed} must be less than {2**32}")
-    if s.group < 2:
-        raise InputError(f"--group {s.group}: GRPO compares samples, so it needs at least 2")
+    need(s.seed < 2**32, f"--seed {s.seed} must be less than {2**32}")
+    need(s.group > 1, f"--group {s.group}: GRPO compares samples, so it needs at least 2")
     for name, choices in (("schedule", SCHEDULES), ("evidence", REGIONS)):
-        if getattr(s, name) not in choices:
-            raise InputError(f"--{name} {getattr(s, name)} must be {', '.join(choices)}")
+        value = getattr(s, name)
+        need(value in choices, f"--{name} {value} must be {', '.join(choices)}")
     for name in ("model", "data", "judge"):
-        if not getattr(s, name):
-            raise InputError(f"--{name} is empty")
-    if s.schedule == "joint" and s.questions < 2:
-        raise InputError("--schedule joint needs --questions 2 or more: each role gets half")
+        need(getattr(s, name), f"--{name} is empty")
+    need(s.schedule != "joint" or s.questions > 1,
+         "--schedule joint needs --questions 2 or more: each role gets half")
 
 
 def prepare(s):
@@ -756,12 +742,7 @@ def save_sample(folder, step, phase, rollout, codec):
              ("reasoner", str(rollout.answer or unasked)),
              ("truth", example.answer),
              ("reward", f"{rollout.reward:g}")]
-
-    # The first crop beside the whole image shows why the model must point.
-    image = example.load_image()
-    _, crops = gather(image, rollout.boxes)
-    seen = [codec.scaled(part) for part in [image, *crops[:1]]]
-    page = picture(image, rollout.boxes, example.question, texts, seen)
+    page = picture(example.load_image(), rollout.boxes, example.question, texts, codec.scaled)
     folder.mkdir(exist_ok=True)
     page.save(folder / f"{step:05d}-{phase}.png")
 
@@ -789,16 +770,15 @@ class Run:
         self.interrupt = None                 # number of the signal that asked to stop
         self.players = self.optimizer = None  # what a checkpoint is made of, once the run has begun
         self.lock, self.handlers, self.ticker = None, {}, Ticker(s)
-        if s.out and not resumed and in_use(Path(s.out)):
-            raise InputError(f"--out {s.out} is not empty: choose another, or --resume {s.out}")
+        need(resumed or not s.out or not in_use(Path(s.out)),
+             f"--out {s.out} is not empty: choose another, or --resume {s.out}")
 
     def begin(self, players, optimizer):
         """Make the folder, or take players and optimizer back to its newest checkpoint."""
-        self.folder = Path(self.s.out or next_free_folder(self.s.model))
+        self.folder = Path(self.s.out or evaluation.next_free(f"runs/{Path(self.s.model).name}"))
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = evaluation.lock(self.folder / "lock")  # two runs would spoil each other's logs
 
-        # What the next step depends on is in the newest checkpoint.
         saved = checkpoints_of(self.folder)
         if self.resumed and saved:
             self.step = restore(players, optimizer, saved[-1], self.s.total)
@@ -828,7 +808,8 @@ class Run:
             self.checkpoint_if_due()
 
     def log(self, metrics):
-        append_json(self.folder / "metrics.jsonl", metrics | {"peak_gib": peak_gib()})
+        peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
+        append_json(self.folder / "metrics.jsonl", metrics | {"peak_gib": peak})
         self.ticker.show(metrics)
 
     def checkpoint_if_due(self):
@@ -859,6 +840,7 @@ class Run:
         if not self.lock:
             return
         self.ticker.close()
+        # What a user can mend is told together with the command that goes on.
         again = f"go on with: python p2r_min.py --resume {shlex.quote(str(self.folder))}"
         try:
             if isinstance(error, NotANumber):
@@ -959,9 +941,8 @@ def restore(players, optimizer, checkpoint, total):
     Raises InputError if it cannot be read, or if these are more than the `total` of this run.
     """
     step = int(checkpoint.name[5:])
-    if step > total:
-        raise InputError(f"{checkpoint.parents[1]} has done {step} steps, but these settings make "
-                         f"{total}: give more --iterations")
+    need(step <= total, f"{checkpoint.parents[1]} has done {step} steps, but these settings make "
+                        f"{total}: give more --iterations")
 
     # (If a phase begins there, it makes its own frozen copy.)
     try:
@@ -1021,15 +1002,6 @@ def weights_of(policy):
     return {name: p.detach().to(torch.bfloat16) for name, p in policy.named_parameters()}
 
 
-def next_free_folder(model):
-    """runs/NAME-1, or the first -2, -3, ... that does not exist yet."""
-    # Two runs that start in the same second would meet here; the lock tells the second one.
-    number = 1
-    while Path(f"runs/{Path(model).name}-{number}").exists():
-        number += 1
-    return f"runs/{Path(model).name}-{number}"
-
-
 def in_use(folder):
     """Does the folder hold anything, but for what a run leaves that was killed before it began: a
     lock, half a file?"""
@@ -1039,9 +1011,8 @@ def in_use(folder):
 
 def settings_of_run(name, given):
     """The Settings of the run folder `name`, changed by the flags `given` with --resume."""
-    if not name or not Path(name).is_dir():
-        raise InputError(f"--resume {name or 'is empty'}: there is no such folder; name a run's, "
-                         f"which holds its config.json")
+    need(name and Path(name).is_dir(), f"--resume {name or 'is empty'}: there is no such folder; "
+                                       f"name a run's, which holds its config.json")
 
     # RUN/final, RUN/phases/... and RUN/checkpoints/... mean RUN.
     folder = Path(name)
@@ -1070,28 +1041,27 @@ def settings_of_run(name, given):
 def refuse_changes(folder, known, given):
     """Raises InputError if the run in `folder`, made with the settings `known`, cannot go on with
     the flags `given`."""
-    if "out" in given:
-        raise InputError(f"--resume goes on in {folder}: leave --out away")
+    need("out" not in given, f"--resume goes on in {folder}: leave --out away")
 
     # It would begin again, over its own results.
     saved = checkpoints_of(folder)
-    if not saved and (folder / "final").is_dir():
-        raise InputError(f"{folder} is finished, and its checkpoints are gone: begin a new run "
-                         f"with --model {folder / 'final'}")
+    need(saved or not (folder / "final").is_dir(),
+         f"{folder} is finished, and its checkpoints are gone: begin a new run with --model "
+         f"{folder / 'final'}")
 
     # After its first phase a run's other phases would begin at other steps than they did.
     done = int(saved[-1].name[5:]) if saved else 0
     steps = known.get("steps", 0)
     new_steps = given.get("steps", steps)
-    if steps != new_steps and done > min(steps, new_steps):
-        raise InputError(f"--steps cannot change from {steps} to {new_steps} any more, as {done} "
-                         f"steps are done: give --iterations")
+    need(steps == new_steps or done <= min(steps, new_steps),
+         f"--steps cannot change from {steps} to {new_steps} any more, as {done} steps are done: "
+         f"give --iterations")
 
     # One table would compare different questions.
     measured = known.get("eval_data")
-    if measured and given.get("eval_data", measured) != measured:
-        raise InputError(f"{folder} is measured with {measured}: ask its weights other questions "
-                         f"with python eval.py --data")
+    need(not measured or given.get("eval_data", measured) == measured,
+         f"{folder} is measured with {measured}: ask its weights other questions with python "
+         f"eval.py --data")
 
 
 @contextlib.contextmanager
@@ -1106,16 +1076,13 @@ def written(path):
         shutil.rmtree(new, ignore_errors=True)
         raise
 
-    # Files get the mode that every new file gets here; safetensors makes them private.
+    # Files get the mode that every new file gets here (safetensors makes them private), and all is
+    # on the disk before its new name is.
     mask = os.umask(0)
     os.umask(mask)
-    parts = [new, *new.rglob("*")]
-    for part in parts:
+    for part in (new, *new.rglob("*")):
         if part.is_file():
             part.chmod(0o666 & ~mask)
-
-    # What is renamed must be on the disk before its new name is.
-    for part in parts:
         flush(part)
     if path.is_dir():
         shutil.rmtree(path)
@@ -1147,29 +1114,11 @@ def append_json(path, row):
         file.write(json.dumps(row) + "\n")
 
 
-def read_jsonl(path):
-    """The rows of a log; a last line that a kill left half is no row."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
 def cut_back(log, step):
     """Leave the rows of a log up to this step, and return them."""
-    rows = [row for row in read_jsonl(log) if row["step"] <= step]
+    rows = [row for row in evaluation.read_jsonl(log) if row["step"] <= step]
     write_whole(log, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
-
-
-def peak_gib():
-    """Peak memory so far: allocated on the GPU, else of the process; None on Windows."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    try:
-        import resource
-    except ImportError:
-        return None  # Windows
-    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 if __name__ == "__main__":

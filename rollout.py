@@ -323,6 +323,12 @@ class InputError(ValueError):
     """Something a user can mend. The message is one sentence; the programs print it and exit 2."""
 
 
+def need(fine, problem):
+    """Raises InputError with this sentence unless `fine`."""
+    if not fine:
+        raise InputError(problem)
+
+
 class NotANumber(InputError):
     """The model's output is not a number. Its weights, finite or not, are not worth saving."""
 
@@ -391,14 +397,23 @@ class Codec:
         self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
         self.merge = config.vision_config.spatial_merge_size
         self.token_side = config.vision_config.patch_size * self.merge  # pixels of a visual token
-        self.size = pixel_limits(self.image_processor, self.token_side, max_pixels)
         self.dtype = model.dtype
+        need(max_pixels >= self.token_side**2,
+             f"--max-pixels {max_pixels} is smaller than one visual token of this model, which "
+             f"covers {self.token_side} x {self.token_side} pixels; raise it")
+        least = min(self.image_processor.size["shortest_edge"], max_pixels)
+        self.size = {"shortest_edge": least, "longest_edge": max_pixels}  # areas, despite the names
 
         # Text. One token stands for an image; `encode` repeats it for each of its visual tokens.
         self.tokenizer = tokenizer_of(folder)
-        self.stop_ids = stop_ids_of(model, self.tokenizer)
         self.image_token_id = config.image_token_id
         self.image_token = self.tokenizer.convert_ids_to_tokens(config.image_token_id)
+
+        # The ids that end a response: Qwen has <|im_end|> *and* <|endoftext|>. Nothing else of
+        # generation_config is used: its top_k, top_p, temperature would change the distribution.
+        ends = model.generation_config.eos_token_id
+        ends = set(ends if isinstance(ends, list) else [ends]) | {self.tokenizer.eos_token_id}
+        self.stop_ids = torch.tensor(sorted(ends - {None}))
 
         # A policy can sample vision ids, which would break its next forward: they are banned when
         # sampling, and in the scored distribution too (grpo.response_logprobs).
@@ -414,9 +429,8 @@ class Codec:
 
         Raises InputError if the text contains the token that stands for an image.
         """
-        if self.image_token in text:
-            raise InputError(f"a question contains {self.image_token}, which stands for an image: "
-                             f"{text[:80]!r}; remove it")
+        need(self.image_token not in text, f"a question contains {self.image_token}, which stands "
+                                           f"for an image: {text[:80]!r}; remove it")
 
         # Images become patches. In the text the token that stands for an image is repeated, once
         # for each of its visual tokens.
@@ -698,8 +712,8 @@ def load(folder, max_pixels, device=None):
     where the folder is not a Qwen3-VL checkpoint or the budget is too small.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} is not a model folder: it has no config.json")
+    need((folder / "config.json").is_file(),
+         f"{folder} is not a model folder: it has no config.json")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     # On Hopper cuDNN is the first choice of PyTorch's attention. It makes a plan for every new
@@ -708,8 +722,7 @@ def load(folder, max_pixels, device=None):
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         kind = AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type
-        if kind != "qwen3_vl":
-            raise InputError(f"{folder} holds a {kind} model; this code knows Qwen3-VL only")
+        need(kind == "qwen3_vl", f"{folder} holds a {kind} model; this code knows Qwen3-VL only")
 
         # Safetensors only: pickled weights (.bin, .pt) could run code. They are never opened.
         # (Vision layers attend image by image, without a mask: they need no attention of ours.)
@@ -738,27 +751,8 @@ def tokenizer_of(folder):
     template = Path(folder, "chat_template.json")  # some repositories keep it beside
     if tokenizer.chat_template is None and template.is_file():
         tokenizer.chat_template = json.loads(template.read_text())["chat_template"]
-    if tokenizer.chat_template is None:
-        raise InputError(f"{folder} has no chat template: is it an Instruct model?")
+    need(tokenizer.chat_template, f"{folder} has no chat template: is it an Instruct model?")
     return tokenizer
-
-
-def pixel_limits(image_processor, side, max_pixels):
-    """Least and most pixels of an image, as the image processor takes them. Raises InputError."""
-    if max_pixels < side**2:
-        raise InputError(f"--max-pixels {max_pixels} is smaller than one visual token of this "
-                         f"model, which covers {side} x {side} = {side**2} pixels; raise it")
-    least = min(image_processor.size["shortest_edge"], max_pixels)
-    return {"shortest_edge": least, "longest_edge": max_pixels}  # areas, whatever their names say
-
-
-def stop_ids_of(model, tokenizer):
-    """The ids that end a response: Qwen has <|im_end|> *and* <|endoftext|>."""
-    # Nothing else is taken from generation_config: its top_k, top_p and temperature would silently
-    # change the sampled distribution.
-    ends = model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
-    return torch.tensor(sorted(ends - {None}))
 
 
 TEXT_TOKENS = 512  # room for the text of a prompt. At the paper's budget of 2048 visual tokens an
@@ -776,10 +770,9 @@ def fitting(codec, examples, response_tokens, skip_bad=False):
     # Visual tokens are taken at their most, so that the boxes cannot matter.
     visual = (1 + MAX_CROPS) * (codec.size["longest_edge"] // codec.token_side**2)
     limit = min(TEXT_TOKENS, codec.max_positions - visual - response_tokens)
-    if limit <= 0:
-        raise InputError(f"{visual} visual tokens and a response of {response_tokens} leave no "
-                         f"room for text in the model's {codec.max_positions} positions: lower "
-                         f"--max-pixels, --perceive-tokens or --reason-tokens")
+    need(limit > 0, f"{visual} visual tokens and a response of {response_tokens} leave no room for "
+                    f"text in the model's {codec.max_positions} positions: lower --max-pixels, "
+                    f"--perceive-tokens or --reason-tokens")
     fit, bad = [], []
     for example in examples:
         # The text around the images counts, too: their tokens' stand-ins, the chat's own.
@@ -799,8 +792,7 @@ def fitting(codec, examples, response_tokens, skip_bad=False):
     if bad:
         told = (f"{len(bad)} of {len(examples)} questions do not fit into a prompt: "
                 f"{', '.join(bad[:10])}")
-        if not skip_bad or not fit:
-            raise InputError(f"{told}; shorten them, or leave them out with --skip-bad")
+        need(skip_bad and fit, f"{told}; shorten them, or leave them out with --skip-bad")
         print(f"skipped: {told}")
     return fit
 
@@ -816,23 +808,26 @@ def find(name, flag="--model", kind="model"):
     Raises InputError that names `flag`.
     """
     path = Path(name).expanduser()
-    if kind == "model" and (path / "metrics.jsonl").is_file():
-        raise InputError(f"{flag} {name} is a training run, not a model: once it has finished, its "
-                         f"weights are in {path / 'final'}")
+    need(kind != "model" or not (path / "metrics.jsonl").is_file(),
+         f"{flag} {name} is a training run, not a model: once it has finished, its weights are in "
+         f"{path / 'final'}")
     if path.exists():
         return path
 
     # What looks like a path, or begins with a folder that is here, is a typo and no hub id.
     owner, _, rest = str(name).partition("/")
     repository, _, inside = rest.partition("/")
-    if str(name).startswith((".", "/", "~")) or Path(owner).exists():
-        raise InputError(f"{flag} {name}: there is no such file or folder")
-    if not re.fullmatch(r"[\w-][\w.-]*", owner) or not repository:
-        raise InputError(f"{flag} {name}: there is no such file or folder, and it does not look "
-                         f"like a hub id (owner/name)")
+    need(re.fullmatch(r"[\w-][\w.-]*", owner) and repository and not Path(owner).exists(),
+         f"{flag} {name}: there is no such file or folder, and it does not look like a hub id "
+         f"(owner/name)")
     repository = f"{owner}/{repository}"
     if kind == "dataset":
-        refuse_several(name, flag, repository, inside)
+        # Refused before gigabytes come down. (If the hub cannot be asked, the download says why, or
+        # has it all from before.)
+        listed, below = [], f"{inside}/" if inside else ""
+        with contextlib.suppress(Exception):
+            listed = list_repo_files(repository, repo_type="dataset")
+        one_data_set([f[len(below):] for f in listed if f.startswith(below)], name, flag)
     try:
         wanted = [SHARD.sub("-*-of-", inside), f"{inside}/*"] if inside else None
         folder = Path(snapshot_download(repository, repo_type=kind, allow_patterns=wanted))
@@ -840,8 +835,7 @@ def find(name, flag="--model", kind="model"):
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise InputError(f"{flag} {name}: there is no such file or folder, and the hub did not "
                          f"give it ({reason})") from error
-    if not (folder / inside).exists():
-        raise InputError(f"{flag} {name}: the hub's {repository} has no {inside}")
+    need((folder / inside).exists(), f"{flag} {name}: the hub's {repository} has no {inside}")
     return folder / inside
 
 
@@ -849,22 +843,20 @@ DATA_FILES = (".jsonl", ".json", ".tsv", ".csv", ".parquet")
 SHARD = re.compile(r"-\d+-of-")  # of a data file in several parts: x-00001-of-00007.parquet
 
 
-def refuse_several(name, flag, repository, inside):
-    """Raises InputError where the hub's data set holds several data files, before gigabytes come
-    down: only the shards of one (x-00001-of-00007.parquet), or a data.jsonl, say what is meant."""
-    try:
-        listed = list_repo_files(repository, repo_type="dataset")
-    except Exception:  # the hub cannot be asked; the download says why, or has it from before
-        return
+def one_data_set(files, name, flag):
+    """Of the paths inside the folder or hub repository `name` those of its one data set: a file, or
+    all of its shards; [] if there is none. Raises InputError where there are several."""
+    # What begins with a dot holds no data: version control and caches keep JSON of their own.
+    files = sorted(f for f in files if f.endswith(DATA_FILES) and not f.startswith("."))
 
-    # Folders that begin with a dot hold no data. Shards of one file count as one.
-    below = f"{inside}/" if inside else ""
-    files = sorted(f for f in listed if f.startswith(below) and f.endswith(DATA_FILES))
-    files = [f for f in files if not f.startswith(".")]
-    sets = {SHARD.sub("-of-", f) for f in files}
-    if len(sets) > 1 and f"{below}data.jsonl" not in files:
-        first = " or ".join(f"{repository}/{f}" for f in files[:4])
-        raise InputError(f"{flag} {name} holds several data files: name one of them, as {first}")
+    # Beside a data.jsonl other names (annotations among the images, say) don't count. But one set
+    # in two formats would be read twice, and halve the error bar.
+    if "data.jsonl" in files:
+        files = [f for f in files if f.rpartition(".")[0] == "data"]
+    choice = " or ".join(f"{name}/{f}" for f in files[:4])
+    need(len({SHARD.sub("-of-", f) for f in files}) <= 1,
+         f"{flag} {name} holds several data files: name one of them, as {choice}")
+    return files
 
 
 def cached(name, fill):

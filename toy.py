@@ -31,7 +31,7 @@ import numpy as np
 from PIL import Image
 
 import rollout
-from crop import to_box
+from crop import Box
 
 WARM_START = Path(__file__).parent / "assets" / "toy"
 
@@ -121,7 +121,7 @@ class Thing:
         """The true box of the thing, 0..1000."""
         half = self.side / 2
         edges = (self.x - half, self.y - half, self.x + half, self.y + half)
-        return to_box(edges, (CANVAS, CANVAS), self.name)
+        return Box(*[round(1000 * edge / CANVAS) for edge in edges], self.name)
 
 
 def make_scene(rng, count):

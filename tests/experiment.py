@@ -423,8 +423,8 @@ def collect_run(folder, name, updates):
     A call is a prompt that the policy or the frozen copy answered once.
     """
     config = json.loads((folder / "config.json").read_text())
-    metrics = p2r_min.read_jsonl(folder / "metrics.jsonl")
-    measured = p2r_min.read_jsonl(folder / "accuracy.jsonl")
+    metrics = evaluation.read_jsonl(folder / "metrics.jsonl")
+    measured = evaluation.read_jsonl(folder / "accuracy.jsonl")
     if updates not in [row["step"] for row in measured]:
         raise InputError(f"{folder} was not measured at {updates} updates: give the --updates that "
                          f"it was made with")

@@ -283,9 +283,10 @@ def test_a_photo_stands_upright(orientation, corner, turned):
 def test_the_picture_holds_everything(size, count):
     """Each image has a colour of its own, and that colour is on the page."""
     boxes = [Box(300 * i, 100, 300 * i + 200, 800, "x") for i in range(count)]
-    seen = [Image.new("RGB", (64, 48), "olive"), Image.new("RGB", (64, 64), "teal")][:1 + count]
+    seen = iter([Image.new("RGB", (64, 48), "olive"), Image.new("RGB", (64, 64), "teal")])
     texts = [("perceiver", "[1]"), ("reasoner", "x" * 900)]
-    page = picture(Image.new("RGB", size, "navy"), boxes, "What is it? " * 30, texts, seen)
+    page = picture(Image.new("RGB", size, "navy"), boxes, "What is it? " * 30, texts,
+                   lambda _: next(seen))
     assert page.width == 1200 and page.height > 300
     expected = {(0, 0, 128), (128, 128, 0)}
     if count:
@@ -299,7 +300,7 @@ def test_what_the_model_sees_is_enlarged_without_smoothing():
     for place in range(64 * 64):
         x, y = place % 64, place // 64
         board.putpixel((x, y), (255, 0, 255) if (x + y) % 2 else (0, 255, 255))
-    page = picture(Image.new("RGB", (512, 512)), [], "?", [], seen=[board])
+    page = picture(Image.new("RGB", (512, 512)), [], "?", [], lambda _: board)
     counts = {colour: count for count, colour in page.getcolors(maxcolors=1 << 24)}
     assert counts[255, 0, 255] == counts[0, 255, 255] == 64 * 64 // 2 * 4 * 4
 
@@ -307,8 +308,8 @@ def test_what_the_model_sees_is_enlarged_without_smoothing():
 def test_more_text_makes_a_longer_picture_and_none_of_it_is_lost():
     """Long lines are broken: nothing reaches beyond the right margin, capitals included."""
     image = Image.new("RGB", (64, 64), "white")
-    short = picture(image, [], "?", [("reasoner", "word")])
-    long = picture(image, [], "?", [("reasoner", "THE QUICK BROWN FOX, JUMPING! " * 100)])
+    texts = [[("reasoner", text)] for text in ("word", "THE QUICK BROWN FOX, JUMPING! " * 100)]
+    short, long = [picture(image, [], "?", some, Image.Image.copy) for some in texts]
     assert long.height > short.height + 20 * 28
     margin = long.crop((1180, 0, 1200, long.height))
     assert colours_of(margin) == {(255, 255, 255)}
@@ -317,7 +318,8 @@ def test_more_text_makes_a_longer_picture_and_none_of_it_is_lost():
 def test_thousands_of_lines_do_not_make_a_picture_of_gigabytes():
     """A policy that collapsed to newlines wrote 30,000 of them: 1200 x 840,572 pixels, once."""
     image = Image.new("RGB", (64, 64), "white")
-    page = picture(image, [], "?", [("reasoner", "\n" * 30_000), ("truth", "red")])
+    texts = [("reasoner", "\n" * 30_000), ("truth", "red")]
+    page = picture(image, [], "?", texts, Image.Image.copy)
     assert page.height < 10_000
 
 

@@ -168,7 +168,7 @@ def test_a_crop_of_a_small_image_is_scaled_up_to_the_checkpoints_least_size(fold
 
 
 def test_a_budget_below_one_visual_token_is_refused(folder):
-    with pytest.raises(InputError, match="16 x 16 = 256 pixels"):
+    with pytest.raises(InputError, match="16 x 16 pixels"):
         load(folder, max_pixels=255)
 
 
