@@ -102,23 +102,11 @@ def grade(pairs, judge=None, whole_text=False):
     pairs = list(pairs)
     scores = [score(text, example, whole_text) for text, example in pairs]
 
-    if not judge:
-        return scores
-
-    # The judge sees the answer alone, never the reasoning that led to it. Equal answers to one
-    # question are one case: in bf16 even the padding of a batch can turn a verdict.
-    cases = {}
-    for (text, example), verdict in zip(pairs, scores):
-        if verdict.open:
-            answer = answer_in(text, whole_text)
-            cases[answer, id(example)] = (answer, example)
-    if not cases:
-        return scores
-
-    verdict_on = dict(zip(cases, judge(list(cases.values()))))
-    for i, (text, example) in enumerate(pairs):
-        if scores[i].open:
-            yes = verdict_on[answer_in(text, whole_text), id(example)]
+    # The judge sees the answer alone, never the reasoning that led to it.
+    unsettled = [i for i, verdict in enumerate(scores) if verdict.open]
+    if judge and unsettled:
+        cases = [(answer_in(pairs[i][0], whole_text), pairs[i][1]) for i in unsettled]
+        for i, yes in zip(unsettled, judge(cases)):
             scores[i] = Score(float(yes), scores[i].answered, judged=True)
     return scores
 
@@ -582,13 +570,19 @@ class Judge:
     @torch.no_grad()
     def __call__(self, cases):
         """(answer, example) pairs -> a bool each."""
-        verdicts = []
-        for start in range(0, len(cases), self.batch):
-            # White space in an answer is flattened: it could imitate the lines of the prompt.
-            rows = []
-            for answer, example in cases[start:start + self.batch]:
-                text = JUDGE.format(question=example.question, truth=example.answer,
-                                    given=" ".join(answer.split()))
+        # White space in an answer is flattened: it could imitate the lines of the prompt.
+        texts = []
+        for answer, example in cases:
+            given = " ".join(answer.split())
+            texts.append(JUDGE.format(
+                question=example.question, truth=example.answer, given=given))
+
+        # Equal cases are one: in bf16 even the padding of a batch can turn a verdict, and equal
+        # answers of a group must earn the same.
+        verdict_on, distinct = {}, list(dict.fromkeys(texts))
+        for start in range(0, len(distinct), self.batch):
+            part, rows = distinct[start:start + self.batch], []
+            for text in part:
                 rows.append(self.tokens(self.tokenizer.apply_chat_template(
                     [{"role": "user", "content": text}], tokenize=False,
                     add_generation_prompt=True, enable_thinking=False)))
@@ -603,8 +597,9 @@ class Judge:
             positions = (mask.cumsum(1) - 1).clamp(min=0)                                  # (B, P)
             logits = self.model(input_ids=ids, attention_mask=mask, position_ids=positions,
                                 use_cache=False, logits_to_keep=1).logits[:, -1]           # (B, V)
-            verdicts += (logits[:, self.yes] > logits[:, self.no]).tolist()
-        return verdicts
+            verdicts = (logits[:, self.yes] > logits[:, self.no]).tolist()
+            verdict_on |= dict(zip(part, verdicts))
+        return [verdict_on[text] for text in texts]
 
 
 def check_numbers(settings, may_be_0=()):

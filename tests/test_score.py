@@ -6,6 +6,7 @@ import string
 import time
 from collections import Counter
 from fractions import Fraction
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -344,18 +345,27 @@ def test_the_judge_is_asked_once_for_what_is_open_and_nothing_else():
     assert asked[1:] == [[("crimson", red)]]                                      # ... about the answer alone
 
 
-def test_equal_answers_to_a_question_get_one_verdict():
+def test_equal_answers_to_a_question_get_one_verdict(tiny):
     """In bf16 a batch's padding can turn a near tie: eight equal answers once earned 0 0 0 0 1 1 1 1."""
+    model, codec = tiny
+    judge, asked = Judge(model, codec.tokenizer, batch=4), []
+
+    class Moody:
+        """Says Yes to the first row of every batch, and No to all others."""
+        device = "cpu"
+
+        def __call__(self, input_ids, **_):
+            asked.append(len(input_ids))
+            logits = torch.zeros(len(input_ids), 1, model.config.text_config.vocab_size)
+            logits[:, :, judge.no] = 1
+            logits[0, :, judge.yes] = 2
+            return SimpleNamespace(logits=logits)
+
+    judge.model = Moody()
     red, blue = example("red"), Example(None, "which?", "blue")
-    calls = []
-
-    def judge(cases):
-        calls.append(cases)
-        return [place == 0 for place in range(len(cases))]
-
-    pairs = [("<answer>crimson</answer>", red)] * 3 + [("<answer>crimson</answer>", blue)] + [("<answer> crimson </answer>", red)] * 2
-    assert [s.reward for s in grade(pairs, judge)] == [1, 1, 1, 0, 1, 1]
-    assert calls == [[("crimson", red), ("crimson", blue)]]
+    pairs = [("<answer>crimson</answer>", red)] * 5 + [("<answer>crimson</answer>", blue)] + [("<answer> crimson </answer>", red)] * 2
+    assert [s.reward for s in grade(pairs, judge)] == [1, 1, 1, 1, 1, 0, 1, 1]
+    assert asked == [2]
 
 
 def test_the_judges_verdict_is_the_librarys_next_token(tiny):
