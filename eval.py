@@ -696,8 +696,12 @@ def data_files(spec, flag="--data"):
 
     # A part would pass for the whole.
     total = re.search(r"-\d+-of-(\d+)\.\w+$", files[0].name)
-    if total and len(files) != int(total[1]):
-        raise InputError(f"{flag} {spec}: of its {int(total[1])} shards {len(files)} are here")
+    if total:
+        numbers = [int(re.search(r"-(\d+)-of-", file.name)[1]) for file in files]
+        first = min(numbers[0], 1)  # some begin at 0, some at 1
+        wanted = list(range(first, first + int(total[1])))
+        need(numbers == wanted, f"{flag} {spec}: of its {len(wanted)} shards {len(files)} are here, "
+                                f"with the numbers {numbers}")
     return files
 
 
@@ -839,15 +843,15 @@ def to_example(row, number, used):
             fields[field] = value
             used.setdefault(field, column)
     for field in ("image", "question", "answer"):
-        need(field in fields, f"the field {field!r} is missing or empty; "
-                              f"it is read from {' or '.join(COLUMNS[field])}")
+        need(field in fields, f"the field {field!r} is missing or empty; it is read from "
+                              f"{' or '.join(COLUMNS[field])}, of {str(list(row))[:200]}")
 
     # 2. The question without its options and without sentences on how to answer; then the options,
     #    lettered anew. No text may hold a token that steers the model.
     question, options = question_and_options(row, fields)
     lettered = [f"{letter}. {option}" for letter, option in zip(LETTERS, options)]
     question = "\n".join([question, *lettered])
-    controls = re.findall(r"<\|\w+\|>", question)
+    controls = CONTROL.findall(question)
     need(not controls, f"the field 'question' holds {' and '.join(controls)}: remove it")
 
     # 3. The answer, in a form that its text can have. A lone letter without options is an option's
@@ -887,8 +891,10 @@ def to_example(row, number, used):
         id=as_text(fields.get("id", number), "id"), boxes=tuple(boxes))
 
 
-# Half a surrogate pair (JSON can hold one) stops the tokenizer, NUL the file system.
+# Half a surrogate pair (JSON can hold one) stops the tokenizer, NUL the file system. And a token
+# such as <|im_end|> steers the model.
 NO_TEXT = re.compile("[\0\ud800-\udfff]")
+CONTROL = re.compile(r"<\|\w+\|>")
 
 
 def as_text(value, field):
@@ -1310,11 +1316,12 @@ class Task:
              f"--answer-form {self.answer_form} is not one of {', '.join(FORMS)}")
 
         # A picture needs a question, and a model that has seen the world.
-        need(bool(self.image) == bool(self.question), "give --image and --question together")
+        need(bool(self.image) == bool(self.question.strip()), "give --image and --question together")
         need(not self.image or Path(self.image).is_file(),
              f"--image {self.image}: there is no such file")
         need(not self.image or not self.data, "give either --data, or --image and --question")
         need(not NO_TEXT.search(self.question), "--question holds characters that are no text")
+        need(not CONTROL.search(self.question), "--question holds a token that steers the model")
         need(self.model or not self.image,
              "--image needs --model, such as --model Qwen/Qwen3-VL-2B-Instruct: the embedded toy "
              "knows nothing but the striped signs of its own small world")
@@ -1402,6 +1409,11 @@ def run_data(task, protocol):
 
     out = Path(task.out or default_folder(task, protocol)).expanduser()
     out.mkdir(parents=True, exist_ok=True)
+
+    # A model's folder, or a training run's, has a config.json of its own.
+    names = {file.name for file in out.iterdir()} - {"lock"}
+    need(not names or "results.jsonl" in names,
+         f"--out {out} holds something, but no results of eval.py: choose another")
     held = lock(out / "lock")  # two processes would write every record twice
     config = {name: getattr(task, name) for name in ("model", "data", "images", "judge")}
     config = config | dataclasses.asdict(protocol) | versions(task)
@@ -1420,8 +1432,8 @@ def run_data(task, protocol):
     elif task.judge != "none":
         judge = Judge.load(task.judge, model.device)
     results = out / "results.jsonl"
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     results.write_text("".join(json.dumps(record) + "\n" for record in records))
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     # Ask the rest. Records come a chunk at a time, and are on disk as soon as they come.
     rest, start = examples[len(records):], time.perf_counter()
@@ -1524,4 +1536,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    sys.exit(run_program("eval.py", main, hint="the same command goes on where it stopped"))
+    sys.exit(run_program("eval.py", main, hint="with --data the same command goes on where it stopped"))

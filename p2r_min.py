@@ -461,6 +461,8 @@ def settings_from(arguments):
     parser.add_argument("--resume", metavar="RUN",
                         help="go on with this run; most flags given here win")
     given = vars(parser.parse_args(arguments))
+    for name, value in given.items():
+        need(value != "", f"--{name.replace('_', '-')} is empty: give it a value, or leave it out")
     resume = given.pop("resume")
     for name in {"model", "data", "eval_data", "images", "judge"} & given.keys():
         given[name] = from_anywhere(given[name])

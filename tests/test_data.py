@@ -5,6 +5,7 @@ import csv
 import datetime
 import io
 import json
+import shutil
 import sys
 
 import pytest
@@ -571,3 +572,7 @@ def test_a_shard_stands_for_its_set_and_a_part_is_no_whole(tmp_path):
     (tmp_path / "train-00002-of-00003.jsonl").unlink()
     with pytest.raises(InputError, match="of its 3 shards 2 are here"):
         load_data(tmp_path / "train-00001-of-00003.jsonl")
+    (tmp_path / "train-00001-of-00003.jsonl").rename(tmp_path / "train-00003-of-00003.jsonl")
+    shutil.copy(tmp_path / "train-00000-of-00003.jsonl", tmp_path / "train-00007-of-00003.jsonl")
+    with pytest.raises(InputError, match=r"3 are here, with the numbers \[0, 3, 7\]"):
+        load_data(tmp_path / "train-00003-of-00003.jsonl")

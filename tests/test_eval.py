@@ -204,6 +204,16 @@ def flags(folder, data, out, *more):
             "--perceive-tokens", "6", "--reason-tokens", "5", "--batch", "1", "--pictures", "2", *more]
 
 
+def test_a_folder_that_holds_something_else_is_left_alone(folder, data, tmp_path, capsys):
+    """A model's folder as --out lost its config.json to ours, a training run's could not be resumed."""
+    out = tmp_path / "model"
+    shutil.copytree(folder, out)
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    assert main(flags(folder, data, out)) == 2
+    assert "holds something, but no results" in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+
+
 def test_a_killed_run_goes_on_where_it_stopped(folder, data, tmp_path, monkeypatch, capsys):
     """Batches of 1, written after every four questions. Killed in the fifth, with half a line on disk, the second run
     asks only what is missing, and the file ends up as an undisturbed run leaves it."""
@@ -403,6 +413,8 @@ def test_a_trained_model_brings_its_budgets(folder, data, tmp_path, capsys):
     (["--model", "m", "--image", "none.png", "--question", "What?"], "--image none.png: there is no such file"),
     (["--model", "m", "--image", "a.png"], "--question"),
     (["--model", "m", "--image", "a.png", "--question", "Q\udcff?"], "--question holds"),
+    (["--model", "m", "--image", "a.png", "--question", "hi <|im_end|> x"], "--question holds a token"),
+    (["--model", "m", "--image", "a.png", "--question", "  "], "--question together"),
     (["--model", "m", "--image", "a.png", "--question", "What?", "--data", "d.jsonl"], "either"),
     (["--model", "toy", "--image", "a.png", "--question", "What?", "--mode", "oracle"], "oracle"),
     (["--reason-tokens", "99999999999"], "positions of this model"),

@@ -369,6 +369,8 @@ def program(arguments):
     (["--schedule", "both"], "--schedule both"),
     (["--evidence", "all"], "--evidence all"),
     (["--model", ""], "--model is empty"),
+    (["--out", ""], "--out is empty"),
+    (["--eval-data", ""], "--eval-data is empty"),
     (["--out", "FULL"], "is not empty"),
     (["--resume", ""], "--resume is empty"),
     (["--resume", "RUN/checkpoints/step-00003"], "there is no such folder"),
