@@ -700,8 +700,8 @@ def data_files(spec, flag="--data"):
         numbers = [int(re.search(r"-(\d+)-of-", file.name)[1]) for file in files]
         first = min(numbers[0], 1)  # some begin at 0, some at 1
         wanted = list(range(first, first + int(total[1])))
-        need(numbers == wanted, f"{flag} {spec}: of its {len(wanted)} shards {len(files)} are here, "
-                                f"with the numbers {numbers}")
+        need(numbers == wanted, f"{flag} {spec}: of its {len(wanted)} shards {len(files)} are "
+                                f"here, with the numbers {numbers}")
     return files
 
 
@@ -1316,7 +1316,8 @@ class Task:
              f"--answer-form {self.answer_form} is not one of {', '.join(FORMS)}")
 
         # A picture needs a question, and a model that has seen the world.
-        need(bool(self.image) == bool(self.question.strip()), "give --image and --question together")
+        need(bool(self.image) == bool(self.question.strip()),
+             "give --image and --question together")
         need(not self.image or Path(self.image).is_file(),
              f"--image {self.image}: there is no such file")
         need(not self.image or not self.data, "give either --data, or --image and --question")
@@ -1536,4 +1537,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    sys.exit(run_program("eval.py", main, hint="with --data the same command goes on where it stopped"))
+    sys.exit(run_program("eval.py", main, hint="with --data the same command goes on from there"))
