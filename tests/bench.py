@@ -73,8 +73,9 @@ def small_config(language=8, vision=4):
             rope_parameters=dict(rope_type="default", rope_theta=5_000_000.0,
                                  mrope_section=[12, 10, 10], mrope_interleaved=True)),
         vision_config=dict(
-            initializer_range=0.08, depth=vision, hidden_size=256, num_heads=4, intermediate_size=1024,
-            patch_size=16, out_hidden_size=512, num_position_embeddings=2304,
+            initializer_range=0.08, depth=vision, hidden_size=256, num_heads=4,
+            intermediate_size=1024, patch_size=16, out_hidden_size=512,
+            num_position_embeddings=2304,
             deepstack_visual_indexes=[0, 1, 2]),
         image_token_id=8, video_token_id=9, vision_start_token_id=6, vision_end_token_id=7,
         tie_word_embeddings=True)

@@ -195,7 +195,7 @@ FOR_24_GB = dict(offload=True, max_pixels=524_288, perceive_tokens=512, reason_t
                  rollout_batch=4, partner_batch=16)
 
 
-# (The last is the second with fewer rows of the sampler and --offload; a few layers show that.)
+# (The last has the second's pixels, but no --offload and longer responses: three layers show that.)
 @pytest.mark.parametrize("flags, layers", [
     ({}, None), (FOR_24_GB, None), (dict(max_pixels=524_288), 3)])
 def test_the_update_peaks_just_below_the_estimate(card, flags, layers):
